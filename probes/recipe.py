@@ -1,0 +1,158 @@
+"""Recipes: what is done to a model, as a value that prints and parses back.
+
+    attn-drop@8                    the 8 least important attention sublayers
+    attn-drop@layers=3,7           these two
+    magnitude@0.5                  the smaller half of each weight matrix
+    rtn@int4-g64                   4-bit integers, one scale per 64 weights
+    attn-drop@4+rtn@int8           one after the other
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import NamedTuple
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read or carried out; the message says what is allowed."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """So many sublayers, the least important first."""
+
+    n: int
+
+    def __str__(self) -> str:
+        return str(self.n)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """These layers, by number."""
+
+    layers: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "layers=" + ",".join(map(str, self.layers))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """This share of the weights, between 0 and 1."""
+
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.share:g}"
+
+
+@dataclass(frozen=True)
+class Integer:
+    """Integers of so many bits, one scale per group of weights along the input (0: per row)."""
+
+    bits: int
+    group: int = 0
+
+    def __str__(self) -> str:
+        return f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
+
+
+Amount = Count | Layers | Ratio | Integer
+
+
+def _drop_amount(text: str) -> Amount:
+    if match := re.fullmatch(r"layers=(\d+(?:,\d+)*)", text):
+        layers = tuple(sorted({int(x) for x in match[1].split(",")}))
+        return Layers(layers)
+    if re.fullmatch(r"\d+", text) and int(text) > 0:
+        return Count(int(text))
+    raise RecipeError("a number of sublayers from 1, as attn-drop@8, or layers, as attn-drop@layers=3,7")
+
+
+def _ratio_amount(text: str) -> Amount:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if 0 < share < 1:
+        return Ratio(float(f"{share:g}"))
+    raise RecipeError("a share of the weights between 0 and 1, as magnitude@0.5")
+
+
+def _integer_amount(text: str) -> Amount:
+    match = re.fullmatch(r"int(\d+)(?:-g(\d+))?", text)
+    if match and 2 <= int(match[1]) <= 8 and (match[2] is None or int(match[2]) >= 8):
+        return Integer(int(match[1]), int(match[2] or 0))
+    raise RecipeError("int2 to int8, with a group of at least 8 if any, as rtn@int8 or rtn@int4-g64")
+
+
+class Method(NamedTuple):
+    """A row of the table of recipes: how its amount is read, an example, one line of help."""
+
+    amount: Callable[[str], Amount]
+    example: str
+    describe: str
+
+
+METHODS: dict[str, Method] = {
+    "attn-drop": Method(_drop_amount, "attn-drop@5", "remove attention sublayers, least important first"),
+    "mlp-drop": Method(_drop_amount, "mlp-drop@3", "remove MLP sublayers, least important first"),
+    "block-drop": Method(_drop_amount, "block-drop@3", "remove whole layers, least important first"),
+    "magnitude": Method(_ratio_amount, "magnitude@0.5", "zero the smallest weights of each matrix"),
+    "rtn": Method(_integer_amount, "rtn@int4-g64", "round weights to integers, group by group"),
+}
+"""Every method by name. A new one is a row here and a function in `compress.APPLY`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method with its amount: `method@amount`."""
+
+    method: str
+    amount: Amount
+
+    def __str__(self) -> str:
+        return f"{self.method}@{self.amount}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps carried out one after the other; `Recipe.parse(str(recipe)) == recipe`."""
+
+    steps: tuple[Step, ...]
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.steps))
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Read a recipe.
+
+        Raises:
+            RecipeError: an unknown method (with the nearest), or an amount out of range.
+
+        >>> str(Recipe.parse("attn-drop@layers=7,3 + rtn@int4-g64"))
+        'attn-drop@layers=3,7+rtn@int4-g64'
+        """
+        return cls(tuple(_step(part.strip(), text) for part in text.split("+")))
+
+
+def _step(part: str, text: str) -> Step:
+    method, at, amount = part.partition("@")
+    if method not in METHODS:
+        near = get_close_matches(method, METHODS, n=1, cutoff=0.4)
+        raise RecipeError(
+            f"recipe {text!r}: unknown method {method!r}"
+            + (f"; did you mean {METHODS[near[0]].example!r}?" if near else "")
+            + f" Allowed: {', '.join(METHODS)} (see `prunescope list recipes`)"
+        )
+    if not at:
+        raise RecipeError(f"recipe {text!r}: {method} needs an amount, as {METHODS[method].example!r}")
+    try:
+        return Step(method, METHODS[method].amount(amount))
+    except RecipeError as error:
+        raise RecipeError(f"recipe {text!r}: amount {amount!r} is not {error}") from None
