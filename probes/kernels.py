@@ -46,7 +46,7 @@ FIGURES = (
 Figures = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Readout:
     """How hidden states become logits: softcap(weight @ norm(h) + bias), in float32.
 
@@ -58,6 +58,15 @@ class Readout:
     norm: Callable[[Tensor], Tensor] | None = None
     bias: Tensor | None = None
     softcap: float | None = None
+
+    def same(self, other: Readout) -> bool:
+        """Whether both are certain to give the same logits: the same weights, norm and cap."""
+        return (
+            _same_storage(self.weight, other.weight)
+            and self.norm == other.norm
+            and self.softcap == other.softcap
+            and ((self.bias is None and other.bias is None) or _same_storage(self.bias, other.bias))
+        )
 
     def states(self, hidden: Tensor) -> Tensor:
         """`hidden` after the norm, float32, contiguous: `(position, d_model)`."""
@@ -78,6 +87,10 @@ class Readout:
         if self.softcap is not None:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z
+
+
+def _same_storage(x: Tensor | None, y: Tensor | None) -> bool:
+    return x is not None and y is not None and x.data_ptr() == y.data_ptr() and x.shape == y.shape
 
 
 def compare_logits(
@@ -108,6 +121,7 @@ def compare_logits(
     _check(dense, candidate, temperature, top_k)
     shape = dense.shape[:-1]
     rows, other = dense.reshape(-1, dense.shape[-1]), candidate.reshape(-1, dense.shape[-1])
+    _keep_freed_memory()
     settings = _Settings(float(temperature), top_k, compiled)
     blocks: list[Tensor] = []
     for z, y in zip(rows.split(settings.rows(rows)), other.split(settings.rows(rows)), strict=True):
@@ -175,8 +189,9 @@ def compare_many(
     exactly zero.
     """
     _check_states(dense, candidates, readout, candidate_readout, temperature, top_k)
+    _keep_freed_memory()
     settings = _Settings(float(temperature), top_k, compiled)
-    vocab, same_readout = len(readout.weight), candidate_readout == readout
+    vocab, same_readout = len(readout.weight), readout.same(candidate_readout)
     block = block or max(16, ROW_BLOCK_ELEMENTS // vocab)
     space = dense.new_empty((2, min(block, len(dense)), vocab), dtype=torch.float32)
     done: list[list[Tensor]] = [[] for _ in candidates]
@@ -192,6 +207,16 @@ def compare_many(
     return [
         dict(zip(FIGURES, torch.cat(columns).T, strict=True)) for columns in done
     ]
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc recycle temporaries.
+
+    Until it has seen one large block freed it hands every temporary back to the system, and the
+    page faults of getting it again cost several times the arithmetic.
+    """
+    block = torch.empty(31 * 2**18)
+    del block
 
 
 # --- the reduction -----------------------------------------------------------------------------
@@ -211,6 +236,8 @@ class _Settings:
 
 def _reduce_block(z: Tensor, y: Tensor, settings: _Settings) -> Tensor:
     step = settings.rows(z)
+    if z is y:
+        return torch.cat([_unshifted(z[i : i + step], settings) for i in range(0, len(z), step)])
     return torch.cat(
         [_reduce(z[i : i + step], y[i : i + step], settings) for i in range(0, len(z), step)]
     )
@@ -239,30 +266,42 @@ def _reduce(z: Tensor, y: Tensor, settings: _Settings) -> Tensor:
     return torch.stack([figures[name] for name in FIGURES], dim=-1)
 
 
+def _unshifted(z: Tensor, settings: _Settings) -> Tensor:
+    """`_reduce(z, z)`: every shift is exactly zero, only the entropy and the margin need the row."""
+    top, index = _leaders(z, settings.top_k)
+    lz = (z - top[:, :1]).div_(settings.temperature)
+    e = torch.exp(lz)
+    e_lz = _dot(e, lz).double()
+    rest = e.scatter_(1, index[:, :1], 0.0).sum(-1).double()
+    row = torch.zeros((len(z), len(FIGURES)), dtype=torch.float64, device=z.device)
+    entropy = torch.log1p(rest) - e_lz / (1 + rest)
+    for name in ("entropy", "entropy_candidate"):
+        row[:, FIGURES.index(name)] = entropy
+    for name in ("cosine_z", "cosine_p", "overlap"):
+        row[:, FIGURES.index(name)] = 1.0
+    row[:, FIGURES.index("margin")] = (top[:, 0] - top[:, 1]).double()
+    return row
+
+
 def _first_pass(
     z: Tensor, y: Tensor, top_index: Tensor, best_index: Tensor, T: float
 ) -> tuple[Tensor, ...]:
     """Normalisers, entropies and means of dz: ten sums over the vocabulary, per row."""
     d = y - z
-    lz = (z - z.gather(1, top_index)) / T
-    ly = (y - y.gather(1, best_index)) / T
-    e, v = torch.exp(lz), torch.exp(ly)
-    ee = e * e
-    dot = torch.linalg.vecdot
-    return (
-        # without the largest token, whose weight is exactly 1: a saturated distribution keeps
-        # all the digits of what is not on that token
-        e.scatter(1, top_index, 0.0).sum(-1),
-        v.scatter(1, best_index, 0.0).sum(-1),
-        dot(e, lz),
-        dot(v, ly),
-        dot(e, d),
-        ee.sum(-1),
-        dot(ee, d),
-        d.mean(-1),
-        dot(z, z),
-        (z * d).sum(-1, dtype=torch.float64),
-    )
+    lz = (z - z.gather(1, top_index)).div_(T)
+    e = torch.exp(lz)
+    e_lz, e_d = _dot(e, lz), _dot(e, d)
+    zd = _dot(z, d)
+    ee = torch.mul(e, e, out=lz)
+    ee_, ee_d = ee.sum(-1), _dot(ee, d)
+    ly = torch.sub(y, y.gather(1, best_index), out=lz).div_(T)
+    # The largest token is left out: its weight is exactly 1, and a saturated distribution keeps
+    # all the digits of what is not on that token.
+    rest_w = e.scatter_(1, top_index, 0.0).sum(-1)
+    v = torch.exp(ly, out=e)
+    v_ly = _dot(v, ly)
+    rest_v = v.scatter_(1, best_index, 0.0).sum(-1)
+    return rest_w, rest_v, e_lz, v_ly, e_d, ee_, ee_d, d.mean(-1), _dot(z, z), zd
 
 
 def _rows(top: Tensor, best: Tensor, sums: tuple[Tensor, ...], T: float) -> dict[str, Tensor]:
@@ -320,72 +359,68 @@ def _second_pass(
 
     With a = |log p'/p| each divergence is a sum of max(p, p') f(a) with f >= 0, and `rises` (1 where
     p' is the larger, else 0) says whose share is whose. Branches are written as arithmetic, since
-    a select costs as much as an exponential.
+    a select costs as much as an exponential, and temporaries are overwritten, since memory does too.
     """
-    rounded = y - z
-    back = rounded - y
-    lost = (y - (rounded - back)) - (z + back)  # what the subtraction rounded away, exactly
-    d = (rounded - shift) + lost
-    u = (d - c) / T
-    sign = torch.sign(u)
-    rises = 0.5 + 0.5 * sign
-    a = u.abs()
-    p = torch.exp((z - top) / T - log_w)
-    q = torch.exp((y - best) / T - log_v)
-    high = torch.maximum(p, q)
+    d = y - z
+    back = d - y
+    lost = (d - back).neg_().add_(y).sub_(back.add_(z))  # what y - z rounded away, exactly
+    d.sub_(shift).add_(lost)
+    across = torch.addcmul(d + shift, alpha.neg(), z).square_().sum(-1)
+    del back, lost
+    p = ((z - top) / T).sub_(log_w).exp_()
+    q = ((y - best) / T).sub_(log_v).exp_()
+    masses = p.sum(-1), _dot(p, p), _dot(q, q), _dot(p, q)
 
+    u = (d - c).div_(T)
+    sign = torch.sign(u)
+    rises = sign.add(1).div_(2)
+    a = u.abs_()
+    high = torch.maximum(p, q)
     # share = exp(-a) - 1 + a without cancellation: its series up to b = min(a, 1/4), then on from b
     b = a.clamp(max=0.25)
-    series = b * b * (1 / 2 - b * (1 / 6 - b * (1 / 24 - b * (1 / 120 - b * (1 / 720)))))
-    w_b = b - series  # 1 - exp(-b)
+    share = b.mul(1 / 720).sub_(1 / 120).mul_(b).add_(1 / 24).mul_(b).sub_(1 / 6).mul_(b).add_(0.5)
+    share.mul_(b).mul_(b)
+    w = b - share  # 1 - exp(-b), and from here to 1 - exp(-a)
     beyond = a - b
-    w = w_b - (1 - w_b) * torch.expm1(-beyond)  # 1 - exp(-a)
-    share = series + (beyond - (w - w_b))
+    step = torch.expm1(beyond.neg()).mul_(w - 1)
+    w.add_(step)
+    share.add_(beyond.sub_(step))
     aw = a * w
-    other = aw - share
     gap = high * w
-    signed = gap * sign
-    up = high * rises
+    up = rises.mul_(high)
     down = high - up
+    other = aw - share
+    kl = _dot(down, share) + _dot(up, other)
+    kl_reverse = _dot(down, other) + _dot(up, share)
+    gaps = gap.sum(-1), _dot(gap, sign), _dot(gap.mul_(sign), p)
+    e = a.clamp_(max=80.0)  # where exp(-a) still squares within float32; js is flat beyond
+    log_cosh = (w * w).div_(torch.exp(-e)).div_(4).log1p_()
+    js = _dot(high, e.mul_(w).sub_(log_cosh.mul_(w.neg_().add_(2)))) / 4
+    del u, sign, rises, a, high, b, share, w, beyond, step, aw, gap, up, down, other, e, log_cosh
 
-    e = a.clamp(max=80.0)  # where exp(-a) still squares within float32; js is flat beyond
-    log_cosh = torch.log1p(w * w / (4 * torch.exp(-e))) / 2
+    x = d - mean_p
+    px = p * x
+    pxx = px * x
+    moments = px.sum(-1), pxx.sum(-1), _dot(pxx, x)
+    xr = torch.sub(d, mean_r, out=x)
+    ppx = torch.mul(p, p, out=px).mul_(xr)
+    collision = ppx.sum(-1), _dot(ppx, xr)
+    turn = torch.sign(xr)
+    weight = torch.maximum(p * shrink_p, q.mul_(shrink_q)).mul_(turn)
+    residual = torch.expm1(xr.abs_().div_(-T)).neg_().mul_(weight)
+    angle = _dot(p, residual), _dot(residual, residual)
+    xu = d.sub_(mean_u)
+    uniform = xu.mean(-1), _dot(xu, xu) / xu.shape[-1]
+    return (*gaps, kl, kl_reverse, js, *masses, *moments, *collision, *angle, *uniform, across)
 
-    x, xr, xu = d - mean_p, d - mean_r, d - mean_u
-    px, pp = p * x, p * p
-    pxx, ppx = px * x, pp * xr
-    centred = xr / T
-    residual = torch.expm1(-centred.abs()) * torch.sign(centred)
-    residual = -torch.maximum(p * shrink_p, q * shrink_q) * residual
-    across = (d + shift) - alpha * z
-    exact = torch.float64  # for sums whose terms have both signs
-    return (
-        gap.sum(-1),
-        signed.sum(-1, dtype=exact),
-        (down * share + up * other).sum(-1),
-        (down * other + up * share).sum(-1),
-        (high * (w * e / 2 - (2 - w) * log_cosh)).sum(-1),
-        p.sum(-1),
-        px.sum(-1, dtype=exact),
-        pxx.sum(-1),
-        (pxx * x).sum(-1, dtype=exact),
-        pp.sum(-1),
-        (q * q).sum(-1),
-        (p * q).sum(-1),
-        (p * signed).sum(-1, dtype=exact),
-        ppx.sum(-1, dtype=exact),
-        (ppx * xr).sum(-1),
-        (p * residual).sum(-1, dtype=exact),
-        (residual * residual).sum(-1),
-        xu.mean(-1, dtype=exact),
-        (xu * xu).mean(-1),
-        (across * across).sum(-1),
-    )
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(-1)
 
 
 def _assemble(rows: dict[str, Tensor], sums: list[Tensor], T: float) -> Figures:
     """The figures of each row from its sums, in float64."""
-    (gap, drift, kl, kl_reverse, js, p, px, pxx, pxxx, pp, qq, pq, p_signed,
+    (gap, drift, p_signed, kl, kl_reverse, js, p, pp, qq, pq, px, pxx, pxxx,
      ppx, ppxx, p_residual, residual2, mean_u, uniform, across) = sums  # fmt: skip
     mean, second = px / p, pxx / p
     var_p = second - mean**2
@@ -409,7 +444,7 @@ def _assemble(rows: dict[str, Tensor], sums: list[Tensor], T: float) -> Figures:
         "orthogonal_p": orthogonal_p,
         "kl": kl,
         "kl_reverse": kl_reverse,
-        "js": js / 2,
+        "js": js,
         "tv": gap / 2,
         "var_p": var_p,
         "var_r": var_r,

