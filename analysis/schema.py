@@ -1,0 +1,197 @@
+"""The data schema: every group, dimension and variable, declared once.
+
+One `xarray.DataTree` per cell, one netCDF file, readable with plain xarray. What is written and
+what is read is checked against this table, so that a file with this schema version means one thing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+VERSION = "1"
+H = "arXiv 2603.24652"
+
+
+class SchemaError(ValueError):
+    """Data that do not follow the schema; the message names the group, the variable and the rule."""
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable: dimensions, unit, what it is, where it is defined, and the kind of its values."""
+
+    dims: tuple[str, ...]
+    units: str
+    long_name: str
+    reference: str = "prunescope README, Measurements"
+    kind: str = "f"  # numpy kind: f float, i integer, b boolean, U text
+
+
+_POSITION = ("prompt", "token")
+_SITE = ("prompt", "token", "layer", "site", "effect")
+
+
+def _figures(dims: tuple[str, ...]) -> dict[str, Variable]:
+    space = (*dims, "space")
+    return {
+        "cosine": Variable(space, "1", "cosine similarity of x and x'", H),
+        "angular": Variable(space, "1", "1 - cosine, without cancellation", H),
+        "parallel": Variable(space, "1", "change along x, relative to the norm of x", H),
+        "orthogonal": Variable(space, "1", "change across x, relative to the norm of x", H),
+        "kl": Variable(dims, "nat", "KL(p || p')", H),
+        "kl_reverse": Variable(dims, "nat", "KL(p' || p)"),
+        "js": Variable(dims, "nat", "Jensen-Shannon divergence of p and p'"),
+        "tv": Variable(dims, "1", "total variation of p and p'"),
+        "var_p": Variable(dims, "nat2", "variance of dz under p", H),
+        "var_r": Variable(dims, "nat2", "variance of dz under r = p^2/sum p^2", H),
+        "var_uniform": Variable(dims, "nat2", "variance of dz over the vocabulary"),
+        "third_cumulant": Variable(dims, "nat3", "third cumulant of dz under p"),
+        "validity": Variable(dims, "1", "|k3|/(3 k2 T): third order of KL beside the second"),
+        "flip": Variable(dims, "1", "1 where the most likely token differs"),
+        "margin": Variable(dims, "nat", "largest minus second largest dense logit"),
+        "overlap": Variable(dims, "1", "share of the dense top 10 that the candidate's top 10 keep"),
+        "entropy": Variable(dims, "nat", "entropy of p"),
+        "entropy_candidate": Variable(dims, "nat", "entropy of p'"),
+    }
+
+
+SCHEMA: dict[str, dict[str, Variable]] = {
+    "shifts": _figures(_SITE),
+    "output": _figures(_POSITION),
+    "scores": {
+        "score": Variable(("item", "model"), "1", "1 right, 0 wrong"),
+        "no_answer": Variable(("item", "model"), "1", "1 where nothing could be read as an answer"),
+        "no_stop": Variable(("item", "model"), "1", "1 where the length limit ended the text"),
+        "repetition": Variable(("item", "model"), "1", "share of 4-grams of tokens that are repeats"),
+        "text": Variable(("item", "model"), "", "what the model wrote, or the option it chose", kind="U"),
+    },
+    "samples": {
+        "text": Variable(("sample", "model"), "", "greedy continuation of the prompt", kind="U"),
+        "prompt_text": Variable(("sample",), "", "the prompt", kind="U"),
+        "first_divergence": Variable(("sample",), "token", "first step with different tokens; -1: none", kind="i"),
+    },
+    "cost": {
+        "parameters": Variable(("model",), "1", "parameters, shared ones once"),
+        "nonzero": Variable(("model",), "1", "parameters that are not zero"),
+        "bytes": Variable(("model",), "byte", "weights as held in memory"),
+        "bytes_packed": Variable(("model",), "byte", "weights as a packed integer format would store them"),
+        "seconds": Variable(("work",), "s", "wall-clock seconds of the cell's parts"),
+    },
+}
+"""group -> variable -> declaration. A new measurement is one row here."""
+
+SPACES = ("h", "z", "p")
+SITES = ("attn", "mlp")
+EFFECTS = ("local", "propagated")
+MODELS = ("dense", "candidate")
+
+
+def dataset(
+    group: str,
+    variables: Mapping[str, np.ndarray],
+    coords: Mapping[str, Any],
+    attrs: Mapping[str, Any] | None = None,
+) -> xr.Dataset:
+    """A dataset of one group, with the declared attributes on every variable, checked.
+
+    Args:
+        group: name in `SCHEMA`.
+        variables: arrays in the order of the declared dimensions.
+        coords: coordinates; a `(dim, values)` pair where the name is not the dimension.
+        attrs: attributes of the group; what is not text or number is kept as JSON.
+
+    Raises:
+        SchemaError: a variable that is not declared, or of the wrong shape or kind.
+    """
+    declared = SCHEMA[group]
+    data: dict[str, Any] = {}
+    for name, values in variables.items():
+        if name not in declared:
+            raise SchemaError(f"/{group}/{name} is not declared; known: {', '.join(declared)}")
+        row = declared[name]
+        about = {"units": row.units, "long_name": row.long_name, "reference": row.reference}
+        data[name] = (row.dims, np.asarray(values), about)
+    result = xr.Dataset(data, coords=dict(coords), attrs={k: _plain(v) for k, v in (attrs or {}).items()})
+    check_group(group, result)
+    return result
+
+
+def check_group(group: str, data: xr.Dataset) -> None:
+    """Check one group against its declaration.
+
+    Raises:
+        SchemaError: an unknown variable, or dimensions or values of the wrong kind.
+    """
+    declared = SCHEMA.get(group)
+    if declared is None:
+        raise SchemaError(f"/{group} is not a group of the schema: {', '.join(SCHEMA)}")
+    for name, values in data.data_vars.items():
+        row = declared.get(str(name))
+        if row is None:
+            raise SchemaError(f"/{group}/{name} is not declared; known: {', '.join(declared)}")
+        if tuple(values.dims) != row.dims:
+            raise SchemaError(f"/{group}/{name} has dims {values.dims}, declared {row.dims}")
+        kind = values.dtype.kind
+        if kind != row.kind and not (row.kind == "U" and kind in "OTS") and not (row.kind == "f" and kind in "ib"):
+            raise SchemaError(f"/{group}/{name} holds {values.dtype}, declared kind {row.kind!r}")
+
+
+def tree(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> xr.DataTree:
+    """One cell: groups and provenance, stamped with the schema version."""
+    root = xr.Dataset(attrs={"schema": VERSION, **{k: _plain(v) for k, v in attrs.items()}})
+    return xr.DataTree.from_dict({"/": root, **{f"/{name}": data for name, data in groups.items()}})
+
+
+def write(cell: xr.DataTree, path: Path) -> None:
+    """Write a cell, beside its place first and then renamed: a file that is there is complete."""
+    for name, node in cell.children.items():
+        check_group(name, node.to_dataset())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(prefix=".writing-", suffix=".nc", dir=path.parent)
+    os.close(handle)
+    try:
+        cell.to_netcdf(scratch, engine="h5netcdf", encoding=_encoding(cell))
+        Path(scratch).replace(path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def _encoding(cell: xr.DataTree) -> dict[str, dict[str, Any]]:
+    def packed(data: xr.Dataset) -> dict[str, Any]:
+        return {
+            str(n): {"zlib": True, "complevel": 4} for n, v in data.data_vars.items() if v.dtype.kind in "fib" and v.ndim
+        }
+
+    return {f"/{name}": packed(node.to_dataset()) for name, node in cell.children.items()}
+
+
+def read(path: Path) -> xr.DataTree:
+    """Read a cell into memory and check it.
+
+    Raises:
+        SchemaError: no netCDF file, or one of another schema version.
+    """
+    try:
+        with xr.open_datatree(path, engine="h5netcdf") as opened:
+            cell = opened.load()
+    except (OSError, ValueError) as error:
+        raise SchemaError(f"{path}: cannot be read as netCDF ({error})") from error
+    version = cell.attrs.get("schema")
+    if str(version) != VERSION:
+        raise SchemaError(f"{path}: schema version {version!r}, this prunescope reads {VERSION!r}")
+    for name, node in cell.children.items():
+        check_group(name, node.to_dataset())
+    return cell
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
