@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -32,8 +32,7 @@ class Item:
 
     `prompt` is the whole text before the answer, `choices` the texts that may follow it (each with
     its own leading space, as it would stand after the prompt), `answer` the index of the right one,
-    `accepted` every text that counts as right when the model writes freely. `shot` is the part of
-    the prompt that all items share.
+    `accepted` every text that counts as right when the model writes freely.
     """
 
     id: str
@@ -45,13 +44,18 @@ class Item:
 
 @dataclass(frozen=True)
 class Task:
-    """Items asked in one format. `chance` is the score of blind guessing; `twin` names the pair."""
+    """Items asked in one format.
+
+    `twin` names the pair that the task is half of. `normalise`: choose by log-likelihood per
+    character (`acc_norm` of lm-evaluation-harness) and not by its sum (`acc`).
+    """
 
     name: str
     format: Format
     items: tuple[Item, ...]
     twin: str | None = None
     max_new_tokens: int = 16
+    normalise: bool = False
 
     @property
     def chance(self) -> float:
@@ -64,7 +68,7 @@ class Task:
         """The first `limit` items (all of them for None); twins keep the same items in both formats."""
         if limit is None or limit >= len(self.items):
             return self
-        return Task(self.name, self.format, self.items[:limit], self.twin, self.max_new_tokens)
+        return replace(self, items=self.items[:limit])
 
 
 @dataclass(frozen=True)
@@ -153,3 +157,131 @@ def _twin_item(id: str, prompt: str, pair: _Pair, pool: list[str], rng: random.R
     return Item(
         id, prompt, tuple(f" {c}" for c in choices), choices.index(pair.answer), (pair.answer, *pair.also)
     )
+
+
+# --- tasks from files ----------------------------------------------------------------------------
+
+
+def load_tasks(names: Sequence[str], data: Path | None = None) -> list[Task]:
+    """The tasks of these names: our twins (both halves), or `NAME.jsonl` in the folder `data`.
+
+    Raises:
+        TaskError: an unknown name (with the nearest), an empty file, a row that cannot be read
+            (file and line).
+    """
+    tasks: list[Task] = []
+    for name in names:
+        if data is not None and (data / f"{name}.jsonl").is_file():
+            tasks.append(read_task(data / f"{name}.jsonl"))
+        elif name in TWINS:
+            tasks.extend(twin(name))
+        else:
+            raise TaskError(_unknown(name, data))
+    return tasks
+
+
+def _unknown(name: str, data: Path | None) -> str:
+    files = sorted(p.stem for p in data.glob("*.jsonl")) if data is not None and data.is_dir() else []
+    near = get_close_matches(name, [*TWINS, *files], n=3, cutoff=0.4)
+    return (
+        f"unknown task {name!r}"
+        + (f"; nearest: {', '.join(near)}" if near else "")
+        + f". Embedded: {', '.join(TWINS)}"
+        + (f". In {data}: {', '.join(files) or 'no .jsonl file'}" if data is not None else "")
+        + ("" if data is not None else ". Your own NAME.jsonl: name its folder with --data")
+    )
+
+
+def read_task(file: Path) -> Task:
+    """A task from a JSONL file; the fields of its rows say which kind it is.
+
+    Multiple choice: `question`, `choices`, `answer` (index), optional `context`. Minimal pairs:
+    `good`, `bad`. Generation: `question`, `answer` (text), optional `aliases`, `context`.
+
+    Raises:
+        TaskError: no rows, malformed JSON, a field that is missing or wrong (file, line, field).
+    """
+    rows = list(_rows(file))
+    if not rows:
+        raise TaskError(f"{file}: no rows")
+    kinds = {_kind(row, f"{file}:{line}") for line, row in rows}
+    if len(kinds) > 1:
+        raise TaskError(f"{file}: rows of different kinds ({', '.join(sorted(kinds))})")
+    make, format = _KINDS[kinds.pop()]
+    items = tuple(make(row, f"{file}:{line}", f"{file.stem}-{line}") for line, row in rows)
+    return Task(file.stem, format, items, normalise=format == "choice" and bool(items[0].prompt))
+
+
+def _rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise TaskError(f"{file}:{number}: not valid JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise TaskError(f"{file}:{number}: a JSON object is needed, not {type(row).__name__}")
+            yield number, row
+
+
+def _kind(row: dict[str, Any], where: str) -> str:
+    if "choices" in row:
+        return "multiple choice"
+    if "good" in row and "bad" in row:
+        return "minimal pairs"
+    if "question" in row and "answer" in row:
+        return "generation"
+    raise TaskError(
+        f"{where}: fields {', '.join(sorted(row)) or '(none)'} are those of no task; needed are "
+        "question+choices+answer (multiple choice), good+bad (minimal pairs) or question+answer"
+    )
+
+
+def _text(row: dict[str, Any], field: str, where: str) -> str:
+    value = row.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise TaskError(f"{where}: field {field!r} must be text, not {value!r}")
+    return value
+
+
+def _asked(row: dict[str, Any], where: str) -> str:
+    context = f"{_text(row, 'context', where)}\n" if row.get("context") else ""
+    return f"{context}Question: {_text(row, 'question', where)}\nAnswer:"
+
+
+def _choice_item(row: dict[str, Any], where: str, id: str) -> Item:
+    choices, answer = row["choices"], row.get("answer")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
+        raise TaskError(f"{where}: field 'choices' must be a list of at least two texts")
+    if not isinstance(answer, int) or not 0 <= answer < len(choices):
+        raise TaskError(
+            f"{where}: field 'answer' must be the number of a choice, 0 to {len(choices) - 1}, not {answer!r}"
+        )
+    if len(set(choices)) < len(choices):
+        raise TaskError(f"{where}: field 'choices' holds the same text twice")
+    return Item(
+        str(row.get("id", id)), _asked(row, where), tuple(f" {c}" for c in choices), answer, (choices[answer],)
+    )
+
+
+def _pair_item(row: dict[str, Any], where: str, id: str) -> Item:
+    good, bad = _text(row, "good", where), _text(row, "bad", where)
+    if good == bad:
+        raise TaskError(f"{where}: 'good' and 'bad' are the same text")
+    return Item(str(row.get("id", id)), "", (good, bad), 0, (good,))
+
+
+def _generation_item(row: dict[str, Any], where: str, id: str) -> Item:
+    answer, aliases = _text(row, "answer", where), row.get("aliases", [])
+    if not isinstance(aliases, list) or not all(isinstance(a, str) for a in aliases):
+        raise TaskError(f"{where}: field 'aliases' must be a list of texts")
+    return Item(str(row.get("id", id)), _asked(row, where), accepted=tuple(dict.fromkeys([answer, *aliases])))
+
+
+_KINDS: dict[str, tuple[Callable[[dict[str, Any], str, str], Item], Format]] = {
+    "multiple choice": (_choice_item, "choice"),
+    "minimal pairs": (_pair_item, "choice"),
+    "generation": (_generation_item, "generation"),
+}
