@@ -1,0 +1,29 @@
+"""A model in, labelled numbers out."""
+
+from .compress import compress
+from .kernels import Readout, compare_logits, compare_states
+from .load import load
+from .measure import measure
+from .model import Model
+from .recipe import Recipe
+from .save import save
+from .score import generate, score
+from .tasks import Item, Task, load_tasks, twin
+
+__all__ = [
+    "Item",
+    "Model",
+    "Readout",
+    "Recipe",
+    "Task",
+    "compare_logits",
+    "compare_states",
+    "compress",
+    "generate",
+    "load",
+    "load_tasks",
+    "measure",
+    "save",
+    "score",
+    "twin",
+]

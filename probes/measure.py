@@ -130,12 +130,7 @@ def _outputs(
 ) -> None:
     """Output only: the two bare forward passes without their unembedding, then one reduction."""
     states = [trace.final_states(m.module, m.anatomy, batch)[part.mask] for m in (dense, candidate)]
-    raw = [_after_norm(m) for m in (dense, candidate)]
-    _keep_output(part, states[0], states[1], raw[0], raw[1], settings)
-
-
-def _after_norm(model: Model) -> Readout:
-    return model.readout("raw")
+    _keep_output(part, states[0], states[1], dense.readout(), candidate.readout(), settings)
 
 
 def _keep_output(

@@ -123,7 +123,7 @@ TWINS: dict[str, _Twin] = {
     "opposites": _Twin("opposite words", lambda: _table("opposites"), "The opposite of {} is"),
     "kinds": _Twin("what kind of thing a word names", lambda: _table("kinds"), "{} is a kind of"),
     "plurals": _Twin("plural forms", lambda: _table("plurals"), "One {}, two"),
-    "counting": _Twin("counting on from three numbers", _counting, "{},", 16),
+    "counting": _Twin("counting on from three numbers", _counting, "{},", 20),
     "addition": _Twin("sums of two small numbers", _addition, "{} ="),
 }
 

@@ -87,10 +87,10 @@ def verify(module: nn.Module, anatomy: Anatomy, softcap: float | None) -> None:
 
 
 def final_states(module: nn.Module, anatomy: Anatomy, batch: Batch) -> Tensor:
-    """Hidden states after the final norm, `(prompt, token, d_model)`; the unembedding never runs."""
+    """Residual stream before the final norm, `(prompt, token, d_model)`; no unembedding runs."""
     model = wrap(module)
     with torch.no_grad(), model.trace(**batch, use_cache=False) as tracer:
-        states = model.get(anatomy.final_norm).output.save()
+        states = model.get(anatomy.final_norm).input.save()
         tracer.stop()
     return states
 

@@ -1,0 +1,72 @@
+"""How a perturbation travels: hidden states h, logits z, probabilities p, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from .statistics import Interval, bootstrap
+
+STEPS = (("h", "z"), ("z", "p"))
+
+
+@dataclass(frozen=True)
+class Amplification:
+    """Mean 1 - cos of one space over that of the one before it; below 1 absorbed, above magnified."""
+
+    source: str
+    target: str
+    factor: Interval
+    prompts: int
+
+
+def prompt_means(values: xr.DataArray) -> xr.DataArray:
+    """Mean over the tokens of each prompt, in float64; prompts are the independent units."""
+    return values.astype("float64").mean("token", skipna=True)
+
+
+def amplification(angular: xr.DataArray) -> list[Amplification]:
+    """h->z and z->p from `angular` with dims `prompt, token, space`, intervals over prompts.
+
+    A ratio of means: positions where a shift is tiny in both spaces do not dominate it.
+    """
+    means = prompt_means(angular)
+    result: list[Amplification] = []
+    for source, target in STEPS:
+        below, above = (means.sel(space=s).values for s in (source, target))
+
+        def ratio(pick: np.ndarray, below: np.ndarray = below, above: np.ndarray = above) -> np.ndarray:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                return above[pick].sum(-1) / below[pick].sum(-1)
+
+        result.append(Amplification(source, target, bootstrap(ratio, len(below)), len(below)))
+    return result
+
+
+def by_layer(values: xr.DataArray) -> xr.Dataset:
+    """Mean over positions per layer (and every other dim), with 95 % intervals over prompts.
+
+    Takes dims `prompt, token, …`; returns `mean`, `low`, `high` with the rest.
+    """
+    means = prompt_means(values).transpose("prompt", ...)
+    rest = means.values.reshape(means.sizes["prompt"], -1)
+    picks = np.random.default_rng(0).integers(0, len(rest), (500, len(rest)))
+    draws = rest[picks].mean(1)
+    low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
+    like = means.isel(prompt=0, drop=True)
+    parts = {"mean": rest.mean(0), "low": low, "high": high}
+    return xr.Dataset({n: like.copy(data=v.reshape(like.shape)) for n, v in parts.items()})
+
+
+def steepest(kl: xr.DataArray) -> tuple[int, str, float]:
+    """Layer, site and size of the largest rise of mean propagated KL from one site to the next.
+
+    `kl` has dims `prompt, token, layer, site`.
+    """
+    curve = prompt_means(kl).mean("prompt").transpose("layer", "site").values.ravel()
+    rises = np.diff(curve, prepend=0.0)
+    place = int(np.nanargmax(rises))
+    sites = kl.site.values.tolist()
+    return place // len(sites), str(sites[place % len(sites)]), float(rises[place])

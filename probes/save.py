@@ -1,0 +1,104 @@
+"""Saving a candidate so that it loads back, here always and in transformers where it can.
+
+Zeroed or rounded weights and whole-layer drops are plain models. A model that lost single
+sublayers has no form in transformers, which would fill the gaps with random weights without a
+word; it is saved under a model type of its own, so that only `prunescope.load` reads it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .anatomy import SUBLAYERS, Anatomy, dropped
+from .load import MANIFEST
+from .model import Model
+
+OWN_TYPE = "prunescope-candidate"
+
+
+class SaveError(ValueError):
+    """A folder that cannot take a model."""
+
+
+def check_target(folder: Path) -> None:
+    """Raises SaveError where `folder` holds anything."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SaveError(f"{folder} exists and is not empty; name a new folder")
+
+
+def save(candidate: Model, folder: Path | str) -> Path:
+    """Write safetensors, config, tokenizer, `prunescope.json` and a README into a new folder.
+
+    Raises:
+        SaveError: the folder holds something already.
+    """
+    folder = Path(folder)
+    check_target(folder)
+    module = copy.deepcopy(candidate.module, {id(p): p for p in candidate.module.parameters()})
+    manifest: dict[str, Any] = {"recipe": str(candidate.recipe)} if candidate.recipe else {}
+    manifest |= {"achieved": candidate.achieved, "from": candidate.name, "weights": candidate.weights}
+    manifest["kept"] = _remove_whole_layers(candidate.anatomy, module)
+    gone = _dropped(candidate.anatomy, module)
+    if any(gone.values()):
+        manifest |= {"dropped": gone, "config": module.config.to_dict()}
+    folder.mkdir(parents=True, exist_ok=True)
+    module.save_pretrained(folder)
+    candidate.tokenizer.save_pretrained(folder)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
+    if any(gone.values()):
+        _hide_from_transformers(folder)
+    (folder / "README.md").write_text(_readme(candidate, manifest, any(gone.values())), "utf-8")
+    return folder
+
+
+def _dropped(anatomy: Anatomy, module: nn.Module) -> dict[str, list[int]]:
+    blocks = anatomy.blocks(module)
+    return {s: [i for i, b in enumerate(blocks) if dropped(anatomy, b, s)] for s in SUBLAYERS}
+
+
+def _remove_whole_layers(anatomy: Anatomy, module: Any) -> list[int]:
+    """Delete layers that add nothing; the numbers of the layers that stay."""
+    gone = _dropped(anatomy, module)
+    empty = set(gone["attn"]) & set(gone["mlp"])
+    kept = [i for i in range(len(anatomy.blocks(module))) if i not in empty]
+    if not empty:
+        return kept
+    blocks = [anatomy.blocks(module)[i] for i in kept]
+    module.set_submodule(anatomy.layers, nn.ModuleList(blocks))
+    config = module.config
+    for name in ("num_hidden_layers", "n_layer"):
+        if name in config.to_dict():
+            setattr(config, name, len(kept))
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[i] for i in kept])
+    for new, block in enumerate(blocks):
+        for part in block.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = new
+    return kept
+
+
+def _hide_from_transformers(folder: Path) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**config, "model_type": OWN_TYPE, "architectures": []}, indent=1), "utf-8")
+
+
+def _readme(candidate: Model, manifest: dict[str, Any], own: bool) -> str:
+    plain = (
+        "Single sublayers were removed, which transformers cannot express: load it with\n"
+        "`prunescope.probes.load(folder)`. transformers refuses the folder by its model type,\n"
+        "since it would fill the gaps with random weights."
+        if own
+        else "An ordinary model: `AutoModelForCausalLM.from_pretrained(folder)` or\n`prunescope.probes.load(folder)`."
+    )
+    return (
+        f"# {candidate.label}\n\nMade by prunescope with the recipe `{candidate.recipe}`; "
+        f"layers kept: {len(manifest['kept'])} of {candidate.layer_count}.\n\n{plain}\n"
+    )
