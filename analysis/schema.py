@@ -194,4 +194,5 @@ def read(path: Path) -> xr.DataTree:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
+    plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return value if plain else json.dumps(value, sort_keys=True)

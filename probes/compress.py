@@ -7,7 +7,6 @@ never touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib import resources
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +18,7 @@ from . import trace
 from .anatomy import SUBLAYERS, Sublayer, drop, dropped, linears
 from .model import Model, encode
 from .recipe import Amount, Count, Integer, Layers, Ratio, Recipe, RecipeError
+from .tasks import data_text
 
 CALIBRATION_TOKENS = 128  # per text, at most
 CALIBRATION_BATCH = 8
@@ -27,8 +27,7 @@ _IMPORTANCE: WeakKeyDictionary[nn.Module, dict[str, np.ndarray]] = WeakKeyDictio
 
 def calibration_texts() -> list[str]:
     """The texts that ship with the package, one a line, on which importance is measured."""
-    text = resources.files(__package__).joinpath("data", "calibration.txt").read_text("utf-8")
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in data_text("calibration.txt").splitlines() if line.strip()]
 
 
 def compress(
@@ -58,6 +57,7 @@ def compress(
     for i, step in enumerate(recipe.steps):
         before = {name: id(p) for name, p in candidate.module.named_parameters()}
         _APPLY[step.method](candidate, step.amount, texts)
+        trace.forget(candidate.module)
         after = {name: id(p) for name, p in candidate.module.named_parameters()}
         if before == after:
             raise RecipeError(f"recipe '{step}' changed no weight of {dense.label}")

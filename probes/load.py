@@ -6,6 +6,7 @@ safetensors only; code from a model repository runs only with `trust_remote_code
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from . import trace
-from .anatomy import anatomy_of, drop
+from .anatomy import SUBLAYERS, Anatomy, anatomy_of, drop
 from .model import Model
 from .recipe import Recipe
 
@@ -61,6 +63,8 @@ def load(
     manifest = _read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     module = _module(folder, manifest, DTYPES[dtype], trust_remote_code)
     anatomy = anatomy_of(module.config)
+    if "depth" in manifest:
+        restore_layers(module, anatomy, manifest["kept"], manifest["depth"])
     for sublayer, layers in manifest.get("dropped", {}).items():
         for layer in layers:
             drop(anatomy, anatomy.blocks(module)[layer], sublayer, layer)
@@ -201,6 +205,38 @@ def _tokenizer(folder: Path, trust: bool) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+DEPTH = ("num_hidden_layers", "n_layer")  # what configurations call their number of layers
+PER_LAYER = ("layer_types", "no_rope_layers")  # and what they list layer by layer
+
+
+def depth_of(config: Any) -> dict[str, Any]:
+    """The parts of a configuration that depend on how many layers there are."""
+    values = config.to_dict()
+    return {name: values[name] for name in (*DEPTH, *PER_LAYER) if values.get(name)}
+
+
+def restore_layers(module: Any, anatomy: Anatomy, kept: list[int], depth: dict[str, Any]) -> None:
+    """Put empty layers where whole layers were removed, so that layers keep their numbers."""
+    blocks = iter(anatomy.blocks(module))
+    empty = copy.deepcopy(anatomy.blocks(module)[0])
+    for sublayer in SUBLAYERS:
+        drop(anatomy, empty, sublayer, 0)
+    total = next(depth[name] for name in DEPTH if name in depth)
+    full = [next(blocks) if i in kept else copy.deepcopy(empty) for i in range(total)]
+    set_layers(module, anatomy, full, depth)
+
+
+def set_layers(module: Any, anatomy: Anatomy, blocks: list[nn.Module], depth: dict[str, Any]) -> None:
+    """Give a model other layers, with their numbers and its configuration in step."""
+    module.set_submodule(anatomy.layers, nn.ModuleList(blocks))
+    for name, value in depth.items():
+        setattr(module.config, name, value)
+    for number, block in enumerate(blocks):
+        for part in block.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = number
 
 
 class _quiet:  # noqa: N801  (a context manager, named as one reads it)

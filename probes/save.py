@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .anatomy import SUBLAYERS, Anatomy, dropped
-from .load import MANIFEST
+from .load import DEPTH, MANIFEST, PER_LAYER, depth_of, set_layers
 from .model import Model
 
 OWN_TYPE = "prunescope-candidate"
@@ -39,13 +39,18 @@ def save(candidate: Model, folder: Path | str) -> Path:
     """
     folder = Path(folder)
     check_target(folder)
-    module = copy.deepcopy(candidate.module, {id(p): p for p in candidate.module.parameters()})
+    module = candidate.clone().module
+    module.config = copy.deepcopy(module.config)
     manifest: dict[str, Any] = {"recipe": str(candidate.recipe)} if candidate.recipe else {}
     manifest |= {"achieved": candidate.achieved, "from": candidate.name, "weights": candidate.weights}
-    manifest["kept"] = _remove_whole_layers(candidate.anatomy, module)
     gone = _dropped(candidate.anatomy, module)
+    depth = depth_of(module.config)
+    kept = manifest["kept"] = _remove_whole_layers(candidate.anatomy, module)
+    if len(kept) < candidate.layer_count:
+        manifest["depth"] = depth
+    gone = {s: [i for i in layers if i in kept] for s, layers in gone.items()}
     if any(gone.values()):
-        manifest |= {"dropped": gone, "config": module.config.to_dict()}
+        manifest |= {"dropped": gone, "config": module.config.to_dict()}  # numbers of the full model
     folder.mkdir(parents=True, exist_ok=True)
     module.save_pretrained(folder)
     candidate.tokenizer.save_pretrained(folder)
@@ -64,23 +69,13 @@ def _dropped(anatomy: Anatomy, module: nn.Module) -> dict[str, list[int]]:
 def _remove_whole_layers(anatomy: Anatomy, module: Any) -> list[int]:
     """Delete layers that add nothing; the numbers of the layers that stay."""
     gone = _dropped(anatomy, module)
-    empty = set(gone["attn"]) & set(gone["mlp"])
-    kept = [i for i in range(len(anatomy.blocks(module))) if i not in empty]
-    if not empty:
-        return kept
-    blocks = [anatomy.blocks(module)[i] for i in kept]
-    module.set_submodule(anatomy.layers, nn.ModuleList(blocks))
-    config = module.config
-    for name in ("num_hidden_layers", "n_layer"):
-        if name in config.to_dict():
-            setattr(config, name, len(kept))
-    for name in ("layer_types", "no_rope_layers"):
-        if getattr(config, name, None):
-            setattr(config, name, [getattr(config, name)[i] for i in kept])
-    for new, block in enumerate(blocks):
-        for part in block.modules():
-            if hasattr(part, "layer_idx"):
-                part.layer_idx = new
+    kept = [i for i in range(len(anatomy.blocks(module))) if not (i in gone["attn"] and i in gone["mlp"])]
+    blocks = anatomy.blocks(module)
+    if len(kept) < len(blocks):
+        depth = {name: len(kept) for name in DEPTH if name in module.config.to_dict()}
+        lists = {n: v for n, v in depth_of(module.config).items() if n in PER_LAYER}
+        depth |= {name: [values[i] for i in kept] for name, values in lists.items()}
+        set_layers(module, anatomy, [blocks[i] for i in kept], depth)
     return kept
 
 

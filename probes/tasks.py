@@ -64,11 +64,12 @@ class Task:
             return 0.0
         return sum(1 / len(item.choices) for item in self.items) / len(self.items)
 
-    def limited(self, limit: int | None) -> Task:
-        """The first `limit` items (all of them for None); twins keep the same items in both formats."""
+    def limited(self, limit: int | None, seed: int = SEED) -> Task:
+        """`limit` items drawn with a seed, in their order; the same items in both halves of a twin."""
         if limit is None or limit >= len(self.items):
             return self
-        return replace(self, items=self.items[:limit])
+        picked = sorted(random.Random(seed).sample(range(len(self.items)), limit))
+        return replace(self, items=tuple(self.items[i] for i in picked))
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,13 @@ class _Pair:
 # --- the twins: what is asked ------------------------------------------------------------------
 
 
+def data_text(name: str) -> str:
+    """A text file that ships with the package."""
+    return resources.files(__package__ or "").joinpath("data", name).read_text("utf-8")
+
+
 def _table(name: str) -> list[_Pair]:
-    text = resources.files(__package__).joinpath("data", f"{name}.tsv").read_text("utf-8")
+    text = data_text(f"{name}.tsv")
     rows = (line.split("\t") for line in text.splitlines())
     return [_Pair(question, answer, also=tuple(also)) for question, answer, *also in rows]
 

@@ -39,6 +39,11 @@ def wrap(module: nn.Module) -> Any:
     return _WRAPPED[module]
 
 
+def forget(module: nn.Module) -> None:
+    """After surgery on a module: an envoy made before it would wait for parts that are gone."""
+    _WRAPPED.pop(module, None)
+
+
 def roles(module: nn.Module, anatomy: Anatomy, batch: Batch) -> dict[str, Tensor]:
     """Every role of one forward pass: name -> tensor.
 

@@ -1,0 +1,219 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..analysis.schema import SCHEMA, SchemaError
+from ..probes.recipe import METHODS, Recipe, RecipeError
+from .progress import Progress
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Explains why a compressed language model fails: what broke, where, and how sure that is.",
+)  # fmt: skip
+
+EPILOG = "Exit status: 0 done, 2 unusable arguments or input, 1 failure, 130 interrupted."
+
+ModelArg = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2 (the default).")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder for the results; the same command resumes there.")]
+TasksOption = Annotated[str, typer.Option("--tasks", help="Tasks, comma-separated (default: all twins; see `list tasks`).")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with NAME.jsonl task files.")]
+PromptsOption = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line, to measure shifts on.")]
+LimitOption = Annotated[int | None, typer.Option("--limit", help="Items per task, drawn with the seed (default: all).")]
+StepsOption = Annotated[int, typer.Option("--steps", help="Tokens of the sample continuations.")]
+TemperatureOption = Annotated[float, typer.Option("--temperature", help="Softmax temperature T of the figures.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of whatever is drawn.")]
+LensOption = Annotated[str, typer.Option("--lens", help="Readout of inner layers: norm (final norm) or raw.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Torch device, as cpu or cuda:0.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+RecipeOption = Annotated[list[str], typer.Option("--recipe", "-r", help="What to do, as mlp-drop@3; repeat for more cells.")]
+
+
+@app.command(epilog=EPILOG)
+def diagnose(
+    out: OutOption,
+    recipe: RecipeOption,
+    model: ModelArg = "smollm2",
+    tasks: TasksOption = "",
+    data: DataOption = None,
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
+    steps: StepsOption = 32,
+    temperature: TemperatureOption = 1.0,
+    seed: SeedOption = 24652,
+    lens: LensOption = "norm",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Compress MODEL by each recipe, compare it with itself, and write the report."""
+    options: dict[str, Any] = {
+        "model": model, "recipes": tuple(str(Recipe.parse(r)) for r in recipe), "tasks": _names(tasks),
+        "data": data, "prompts": prompts, "limit": limit, "steps": steps, "temperature": temperature,
+        "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    _study(options, out)
+
+
+@app.command(epilog=EPILOG)
+def compare(
+    out: OutOption,
+    dense: Annotated[str, typer.Argument(help="The dense model: hub id, folder, .gguf file or smollm2.")],
+    candidate: Annotated[list[str], typer.Argument(help="Compressed forms of it, each a cell.")],
+    tasks: TasksOption = "",
+    data: DataOption = None,
+    prompts: PromptsOption = None,
+    limit: LimitOption = None,
+    steps: StepsOption = 32,
+    temperature: TemperatureOption = 1.0,
+    seed: SeedOption = 24652,
+    lens: LensOption = "norm",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Compare DENSE with checkpoints that were compressed elsewhere, on the same footing."""
+    options: dict[str, Any] = {
+        "model": dense, "candidates": tuple(candidate), "tasks": _names(tasks),
+        "data": data, "prompts": prompts, "limit": limit, "steps": steps, "temperature": temperature,
+        "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+    }  # fmt: skip
+    _study(options, out)
+
+
+@app.command(epilog=EPILOG)
+def compress(
+    out: Annotated[Path, typer.Option("--out", help="New folder for the candidate.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="What to do, as attn-drop@4+rtn@int4-g64.")],
+    model: ModelArg = "smollm2",
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Compress MODEL and save the candidate, with a note on how it loads back."""
+    from ..probes import compress as carry_out
+    from ..probes import load, save
+    from ..probes.compress import check
+    from ..probes.load import exists
+    from ..probes.save import check_target
+
+    what = Recipe.parse(recipe)
+    exists(model)
+    check_target(out)
+    with Progress() as progress:
+        with progress.task(f"loading {model}"):
+            dense = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, say=progress.say)
+        check(dense, what)
+        with progress.task(f"{what}") as tick:
+            candidate = carry_out(dense, what, progress=tick)
+        with progress.task(f"saving to {out}"):
+            save(candidate, out)
+        progress.say(f"{candidate.label}: {candidate.achieved}; saved in {out}")
+
+
+@app.command(epilog=EPILOG)
+def report(
+    folder: Annotated[list[Path], typer.Argument(help="Folders that diagnose or compare wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],
+) -> None:
+    """Render the report again, from one run or several."""
+    from .render import render
+    from .study import cells
+
+    found: dict[str, Any] = {}
+    for place in folder:
+        for name, cell in cells(place).items():
+            found[name if name not in found else f"{name} ({place.name})"] = cell
+    print(render(found, out))  # noqa: T201
+
+
+@app.command("list", epilog=EPILOG)
+def list_(
+    what: Annotated[str, typer.Argument(help="recipes, tasks or metrics; all of them without.")] = "",
+) -> None:
+    """List what there is, with one line each."""
+    from ..probes.tasks import TWINS
+
+    tables = {
+        "recipes": [(m.example, m.describe) for m in METHODS.values()],
+        "tasks": [(n, f"{t.describe}, asked as choice and as generation") for n, t in TWINS.items()],
+        "metrics": [(n, f"{v.long_name} [{v.units or 'text'}]") for g in SCHEMA.values() for n, v in g.items()],
+    }
+    if what and what not in tables:
+        raise typer.BadParameter(f"{what!r} is not one of {', '.join(tables)}")
+    for name, rows in tables.items():
+        if what in ("", name):
+            table = Table(name, "", box=None, pad_edge=False)
+            for left, right in dict(rows).items():
+                table.add_row(left, right)
+            Console().print(table, markup=False)
+
+
+@app.callback(invoke_without_command=True)
+def main_options(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Explains why a compressed language model fails: what broke, where, and how sure that is."""
+    if show:
+        print(version("prunescope"))  # noqa: T201
+        raise typer.Exit
+
+
+def _names(tasks: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in tasks.split(",") if name.strip())
+
+
+def _study(options: dict[str, Any], out: Path) -> None:
+    from .render import render
+    from .study import Request, cells, plan, run
+
+    paths = {k: str(v) if v is not None else None for k, v in options.items() if k in ("data", "prompts")}
+    request = Request(**{**options, **paths})
+    plan(request, out)  # everything that can be wrong is found before the first model loads
+    with Progress() as progress:
+        try:
+            run(request, out, progress)
+        except KeyboardInterrupt:
+            progress.say(f"\ninterrupted; finished cells are kept in {out}, the same command goes on from there")
+            raise
+        with progress.task("report"):
+            file = render(cells(out), out / "report.html")
+    print(file)  # noqa: T201
+
+
+def _usage_errors() -> tuple[type[Exception], ...]:
+    from ..probes.anatomy import AnatomyError
+    from ..probes.load import LoadError
+    from ..probes.measure import MeasureError
+    from ..probes.save import SaveError
+    from ..probes.tasks import TaskError
+    from .study import StudyError
+
+    return (AnatomyError, LoadError, MeasureError, RecipeError, SaveError, SchemaError, StudyError, TaskError)
+
+
+def main() -> None:
+    """Entry point: usage errors end with status 2, failures with 1, an interrupt with 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if isinstance(error, _usage_errors()):
+            print(f"prunescope: {error}", file=sys.stderr)  # noqa: T201
+            sys.exit(2)
+        if os.environ.get("PRUNESCOPE_DEBUG"):
+            raise
+        print(f"prunescope: {type(error).__name__}: {error}\n(PRUNESCOPE_DEBUG=1 shows where)", file=sys.stderr)  # noqa: T201
+        sys.exit(1)

@@ -1,0 +1,225 @@
+"""Figures: what `analysis` computed, drawn. Each comes with the text that says what it shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from ..analysis import collapse, hierarchy, theory
+
+COLOURS = {"h": "#4477aa", "z": "#228833", "p": "#cc3311", "kl": "#882255"}
+FORMATS = {"choice": "#4477aa", "generation": "#cc6600"}
+SPACE_NAMES = {"h": "hidden state h", "z": "logits z", "p": "probabilities p"}
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "axes.axisbelow": True,
+    "figure.facecolor": "white", "svg.fonttype": "path", "svg.hashsalt": "prunescope",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure: file name, image data, caption, and the text for those who cannot see it."""
+
+    name: str
+    svg: bytes
+    caption: str
+    alternative: str
+
+    @property
+    def uri(self) -> str:
+        """As a data URI for an `img`."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
+
+
+def draw(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
+    """Every figure that the cells have data for."""
+    with mpl.rc_context(STYLE):
+        made = [picture for make in FIGURES for picture in make(cells)]
+    return made
+
+
+def _finish(name: str, figure: Figure, caption: str, alternative: str) -> Picture:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return Picture(name, buffer.getvalue(), caption, alternative)
+
+
+def _with(cells: Mapping[str, xr.DataTree], group: str) -> dict[str, xr.Dataset]:
+    return {name: c[group].to_dataset() for name, c in cells.items() if group in c.children}
+
+
+# --- retention -----------------------------------------------------------------------------------
+
+
+def retention(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
+    """Retention of every task, choice beside generation, one panel per cell."""
+    rows = {name: collapse.retentions(s) for name, s in _with(cells, "scores").items()}
+    if not rows:
+        return []
+    tasks = list(dict.fromkeys(r.task for r in next(iter(rows.values()))))
+    figure = Figure(figsize=(2.6 * len(rows) + 1.2, 0.36 * len(tasks) + 1.3))
+    axes = figure.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, (name, found) in zip(axes, rows.items(), strict=True):
+        _retention_panel(axis, found, tasks)
+        axis.set_title(name, fontsize=9)
+    axes[0].set_yticks(range(len(tasks)), tasks)
+    axes[0].set_ylim(len(tasks) - 0.5, -0.5)
+    axes[0].set_xlim(-0.35, 1.45)
+    figure.supxlabel("retention of the score above chance", fontsize=9)
+    handles = [mpl.lines.Line2D([], [], color=c, marker="o", lw=1.5, label=f) for f, c in FORMATS.items()]
+    figure.legend(handles=handles, loc="upper right", ncols=2, frameon=False, bbox_to_anchor=(1, 1.06))
+    figure.tight_layout()
+    told = "; ".join(f"{name}: " + ", ".join(_told(r) for r in found) for name, found in rows.items())
+    caption = (
+        "Retention of each task's score above chance, with 95 % paired bootstrap intervals. Dashed: the "
+        "limits of “intact” (0.95) and “collapsed” (0.10). Hollow: the dense model is not above chance. "
+        "Values beyond the axis are drawn at its edge."
+    )
+    return [_finish("retention", figure, caption, f"Retention by task and format. {told}.")]
+
+
+def _told(row: collapse.Retention) -> str:
+    return f"{row.task} {row.format} {row.retention.value:.2f}"
+
+
+def _retention_panel(axis: Any, rows: list[collapse.Retention], tasks: list[str]) -> None:
+    for limit in (collapse.COLLAPSED, collapse.INTACT):
+        axis.axvline(limit, color="#999999", lw=0.8, ls="--")
+    for row in rows:
+        y = tasks.index(row.task) + (-0.15 if row.format == "choice" else 0.15)
+        value, low, high = (float(np.clip(v, -0.3, 1.4)) for v in row.retention)
+        colour, known = FORMATS[row.format], row.verdict != "uninformative"
+        if known:
+            axis.plot([low, high], [y, y], color=colour, lw=1.5, solid_capstyle="round")
+        axis.plot([value], [y], "o", ms=4.5, color=colour, mfc=colour if known else "white")
+
+
+# --- hierarchy -----------------------------------------------------------------------------------
+
+
+def layers(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
+    """1 - cosine in h, z and p by layer, and KL, one row of panels per cell (paper's Figures 2, 6)."""
+    return [_layers(name, data) for name, data in _with(cells, "shifts").items()]
+
+
+def _layers(name: str, data: xr.Dataset) -> Picture:
+    figure = Figure(figsize=(9.2, 2.7))
+    axes = figure.subplots(1, 3)
+    angular, kl = hierarchy.by_layer(data.angular), hierarchy.by_layer(data.kl)
+    for axis, effect in zip(axes[:2], ("local", "propagated"), strict=True):
+        for space, colour in COLOURS.items():
+            if space != "kl":
+                _curve(axis, angular.sel(effect=effect, space=space), colour, SPACE_NAMES[space])
+        axis.set_title(f"1 − cosine, {effect}", fontsize=9)
+        axis.set_xlabel("layer")
+        axis.set_yscale("log")
+    for effect, style in (("local", ":"), ("propagated", "-")):
+        _curve(axes[2], kl.sel(effect=effect), COLOURS["kl"], effect, style)
+    axes[2].set_title("KL(p‖p′), nat", fontsize=9)
+    axes[2].set_xlabel("layer")
+    axes[2].set_yscale("log")
+    axes[2].legend(frameon=False, fontsize=7.5)
+    axes[1].legend(frameon=False, fontsize=7.5)
+    figure.tight_layout()
+    last = angular.sel(effect="propagated").isel(layer=-1, site=-1)["mean"]
+    told = ", ".join(f"{SPACE_NAMES[s]} {float(last.sel(space=s)):.2g}" for s in ("h", "z", "p"))
+    caption = (
+        f"{name}: how far candidate and dense model are apart after each sublayer (attention at the number "
+        "of the layer, MLP half a step later), read out through the "
+        f"{'final norm' if data.attrs.get('lens') == 'norm' else 'raw lens'}. Local: this sublayer's "
+        "compression alone, on the dense model's own input. Propagated: what has come together so far. "
+        "Bands: 95 % over prompts; no point means exactly no shift."
+    )
+    alternative = f"Curves over layers for {name}. After the last layer, 1 minus cosine is: {told}."
+    return _finish(f"layers-{safe(name)}", figure, caption, alternative)
+
+
+def _curve(axis: Any, data: xr.Dataset, colour: str, label: str, style: str = "-") -> None:
+    """One value per site, in forward order; zeros are left out of a logarithmic axis."""
+    ordered = data.transpose("layer", "site", ...)
+    x = (ordered.layer.values[:, None] + np.array([0.0, 0.5])).ravel()
+    mean, low, high = (ordered[n].values.ravel() for n in ("mean", "low", "high"))
+    mean = np.where(mean > 0, mean, np.nan)
+    marker = "o" if np.isfinite(mean).sum() < 20 else None
+    axis.plot(x, mean, style, color=colour, lw=1.4, label=label, marker=marker, ms=3)
+    axis.fill_between(x, np.where(low > 0, low, np.nan), high, color=colour, alpha=0.15, lw=0)
+
+
+# --- theory --------------------------------------------------------------------------------------
+
+
+def theorems(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
+    """Estimate against exact value: angle in p (Theorem 2) and KL (Theorem 3), one column per cell."""
+    found = {name: _theory_pairs(cell) for name, cell in cells.items()}
+    found = {name: pairs for name, pairs in found.items() if pairs}
+    if not found:
+        return []
+    figure = Figure(figsize=(2.4 * len(found) + 0.8, 4.8))
+    axes = figure.subplots(2, len(found), squeeze=False, sharex="row", sharey="row")
+    told: list[str] = []
+    for column, (name, pairs) in enumerate(found.items()):
+        for row, theorem in enumerate(("2", "3")):
+            told += _theory_panel(axes[row, column], name, theorem, *pairs[theorem])
+        axes[0, column].set_title(name, fontsize=9)
+    axes[0, 0].set_ylabel("Var_r[Δz] / 2T²")
+    axes[1, 0].set_ylabel("Var_p[Δz] / 2T²")
+    for axis in axes[0]:
+        axis.set_xlabel("1 − cos(p, p′)", fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("KL(p‖p′), nat", fontsize=8)
+    figure.tight_layout()
+    caption = (
+        "Theory against measurement, all positions, layers and sites (propagated) and the output: the "
+        "second-order estimates of 1 − cos(p, p′) and of KL(p‖p′) against the exact values. Solid: equality; "
+        "dashed: a factor of 2. Percentages: positions within a factor of 2."
+    )
+    return [_finish("theory", figure, caption, "Two-dimensional histograms. " + "; ".join(told) + ".")]
+
+
+def _theory_pairs(cell: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    parts: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
+    for group in ("shifts", "output"):
+        if group in cell.children:
+            data = cell[group].to_dataset()
+            data = data.sel(effect="propagated") if group == "shifts" else data
+            parts.append(theory.pairs(data, float(data.attrs.get("temperature", 1.0))))
+    if not parts:
+        return {}
+    joined = {k: (np.concatenate([p[k][0] for p in parts]), np.concatenate([p[k][1] for p in parts])) for k in ("2", "3")}
+    return joined if all(len(pair[0]) >= 8 for pair in joined.values()) else {}
+
+
+def _theory_panel(axis: Any, name: str, theorem: str, exact: np.ndarray, estimate: np.ndarray) -> list[str]:
+    low = max(1e-7, float(np.quantile(exact, 0.002)))
+    high = float(max(exact.max(), np.quantile(estimate, 0.998)))
+    bins = np.geomspace(low, high, 46).tolist()
+    axis.hist2d(exact, estimate, bins=[bins, bins], cmap="Blues", norm=mpl.colors.LogNorm(), rasterized=True)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    line = np.array([low, high])
+    axis.plot(line, line, color="#333333", lw=0.8)
+    for factor in (0.5, 2):
+        axis.plot(line, factor * line, color="#333333", lw=0.6, ls="--")
+    result = theory.fit(theorem, exact, estimate)
+    if result is None:
+        return []
+    axis.text(0.04, 0.96, f"{100 * result.within:.0f} %", transform=axis.transAxes, va="top", fontsize=9)
+    return [f"{name}, Theorem {theorem}: {100 * result.within:.0f} % of positions within a factor of 2"]
+
+
+def safe(name: str) -> str:
+    """A cell's name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
+
+
+FIGURES: tuple[Callable[[Mapping[str, xr.DataTree]], list[Picture]], ...] = (retention, layers, theorems)
+"""Every figure. A new one is a function from cells to pictures, and a row here."""

@@ -1,0 +1,50 @@
+"""Progress: what runs now and how long is left; bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+
+class Progress:
+    """Reports long work on standard error. Use as a context manager."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._bars = Bars(
+            TextColumn("{task.description:<40.40}"), BarColumn(bar_width=28), TaskProgressColumn(),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def say(self, line: str) -> None:
+        """One line, above the bars."""
+        self.console.print(line, highlight=False, markup=False)
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[Callable[[float], None]]:
+        """A piece of work; yields a function that takes the share that is done, 0 to 1."""
+        bar, start = self._bars.add_task(name, total=1.0), time.perf_counter()
+
+        def tick(done: float) -> None:
+            self._bars.update(bar, completed=min(1.0, done))
+
+        yield tick
+        tick(1.0)
+        if not self.console.is_terminal:
+            self.say(f"{name}: {time.perf_counter() - start:.1f} s")

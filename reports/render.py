@@ -1,0 +1,196 @@
+"""Rendering: findings and cells in; one HTML page, one JSON summary and the figures out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import xarray as xr
+
+from ..analysis import Finding, collapse, diagnose, hierarchy, provenance, schema, theory
+from . import figures
+
+CHANGED = 4  # changed answers shown per cell
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says of one cell."""
+
+    name: str
+    verdict: list[Finding]
+    findings: list[Finding]
+    retention: list[collapse.Retention]
+    theory: list[theory.Fit]
+    samples: list[dict[str, Any]]
+    changed: list[dict[str, Any]]
+    pictures: list[figures.Picture]
+    attributes: dict[str, Any]
+
+
+def render(
+    cells: Mapping[str, xr.DataTree], target: Path | str, *, findings: Sequence[Finding] | None = None
+) -> Path:
+    """Write `target` (HTML), `summary.json` and `figures/` beside it.
+
+    Args:
+        cells: the trees of a study, by name.
+        target: the HTML file.
+        findings: what `diagnose` found (default: it is asked).
+    """
+    found = list(findings) if findings is not None else diagnose(cells)
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pictures = figures.draw(cells)
+    _write_figures(pictures, target.parent / "figures")
+    _write(target.parent / "summary.json", json.dumps(summary(cells, found), indent=1, allow_nan=False))
+    _write(target, page(cells, found, pictures))
+    return target
+
+
+def page(
+    cells: Mapping[str, xr.DataTree], found: Sequence[Finding], pictures: Sequence[figures.Picture]
+) -> str:
+    """The whole page as text. Everything that a model wrote is escaped by the template."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters["number"] = _number
+    sections = [_section(name, cell, found, pictures) for name, cell in cells.items()]
+    return environment.get_template("report.html.jinja").render(
+        sections=sections,
+        across=[f for f in found if f.where == "all cells"],
+        shared=[p for p in pictures if not p.name.startswith("layers-")],
+        verdicts=collapse.VERDICTS,
+        theorems=theory.THEOREMS,
+        provenance=next(iter(sections)).attributes if sections else {},
+        made=provenance.stamp(),
+    )
+
+
+def summary(cells: Mapping[str, xr.DataTree], found: Sequence[Finding]) -> dict[str, Any]:
+    """What the page says, for programs: findings, retention, theory and provenance of each cell."""
+    return _finite(
+        {
+            "schema": schema.VERSION,
+            "findings": [f.plain() for f in found],
+            "cells": {name: _cell_summary(cell) for name, cell in cells.items()},
+        }
+    )
+
+
+def _cell_summary(cell: xr.DataTree) -> dict[str, Any]:
+    result: dict[str, Any] = {"provenance": _attributes(cell)}
+    if "scores" in cell.children:
+        rows = collapse.retentions(cell["scores"].to_dataset())
+        result["retention"] = [{**r.__dict__, "retention": r.retention._asdict()} for r in rows]
+    if "output" in cell.children:
+        output = cell["output"].to_dataset()
+        result["output"] = {
+            str(n): float(hierarchy.prompt_means(v).mean())
+            for n, v in output.data_vars.items() if "space" not in v.dims
+        }  # fmt: skip
+        result["theory"] = [f.__dict__ for f in theory.fits(output, float(output.attrs["temperature"]))]
+    if "cost" in cell.children:
+        cost = cell["cost"].to_dataset()
+        result["cost"] = {
+            str(n): dict(zip(v[v.dims[0]].values.tolist(), v.values.tolist(), strict=True))
+            for n, v in cost.data_vars.items()
+        }
+    return result
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities are no JSON: they become null."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+def _section(
+    name: str, cell: xr.DataTree, found: Sequence[Finding], pictures: Sequence[figures.Picture]
+) -> Section:
+    mine = [f for f in found if f.where == name or f.where.startswith(f"{name}, ")]
+    scores = cell["scores"].to_dataset() if "scores" in cell.children else None
+    output = cell["output"].to_dataset() if "output" in cell.children else None
+    tasks = {row.task for row in collapse.retentions(scores)} if scores is not None else set()
+    return Section(
+        name,
+        [f for f in mine if f.level == "verdict"],
+        [f for f in mine if f.level != "verdict" and f.where.removeprefix(f"{name}, ") not in tasks],
+        collapse.retentions(scores) if scores is not None else [],
+        theory.fits(output, float(output.attrs["temperature"])) if output is not None else [],
+        _samples(cell),
+        _changed(scores) if scores is not None else [],
+        [p for p in pictures if p.name == f"layers-{figures.safe(name)}"],
+        _attributes(cell),
+    )
+
+
+def _samples(cell: xr.DataTree) -> list[dict[str, Any]]:
+    if "samples" not in cell.children:
+        return []
+    data = cell["samples"].to_dataset()
+    return [
+        {
+            "prompt": str(row.prompt_text.item()),
+            "dense": str(row.text.sel(model="dense").item()),
+            "candidate": str(row.text.sel(model="candidate").item()),
+            "first": int(row.first_divergence.item()),
+        }
+        for row in (data.isel(sample=i) for i in range(data.sizes["sample"]))
+    ]
+
+
+def _changed(scores: xr.Dataset) -> list[dict[str, Any]]:
+    """Generated answers that the dense model had right and the candidate has wrong, tasks in turn."""
+    part = scores.isel(item=scores.format.values == "generation")
+    lost = (part.score.sel(model="dense").values == 1) & (part.score.sel(model="candidate").values == 0)
+    picked: list[int] = []
+    for task in dict.fromkeys(part.task.values.tolist()):
+        picked += np.flatnonzero(lost & (part.task.values == task))[:1].tolist()
+    return [
+        {
+            "task": str(row.task.item()),
+            "prompt": str(row.prompt_text.item()).rsplit("\n", 1)[-1],
+            "dense": str(row.text.sel(model="dense").item()),
+            "candidate": str(row.text.sel(model="candidate").item()),
+        }
+        for row in (part.isel(item=i) for i in picked[:CHANGED])
+    ]
+
+
+def _attributes(cell: xr.DataTree) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in cell.attrs.items():
+        try:
+            result[str(name)] = json.loads(value) if isinstance(value, str) and value[:1] in "{[" else value
+        except ValueError:
+            result[str(name)] = value
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in result.items()}
+
+
+def _number(value: float) -> str:
+    return "–" if not np.isfinite(value) else f"{value:.2f}"
+
+
+def _write_figures(pictures: Sequence[figures.Picture], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in pictures:
+        (folder / f"{picture.name}.svg").write_bytes(picture.svg)
+
+
+def _write(file: Path, text: str) -> None:
+    scratch = file.with_name(f".{file.name}.writing")
+    scratch.write_text(text, "utf-8")
+    scratch.replace(file)

@@ -1,0 +1,346 @@
+"""Running a study: cells one after the other, each complete or absent, in a folder that resumes.
+
+    DIR/study.json          what was asked; another request for the same folder is refused
+    DIR/dense-answers.json  the dense model's answers, made once
+    DIR/cells/*.nc          one netCDF file per cell
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from ..analysis import provenance, schema
+from ..probes.compress import calibration_texts, compress, cost
+from ..probes.compress import check as check_recipe
+from ..probes.load import DTYPES, exists, load
+from ..probes.measure import MeasureError, check_pair, check_prompts, measure
+from ..probes.model import Model
+from ..probes.recipe import Recipe
+from ..probes.score import Answer, answer, generate, pair
+from ..probes.tasks import SEED, TWINS, Task, data_text, load_tasks
+from .progress import Progress
+
+SAMPLES = 6
+PEAK_UNIT = 1024  # ru_maxrss counts KiB on Linux
+
+
+class StudyError(ValueError):
+    """A study that cannot start as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, as plain values; two equal requests give the same study."""
+
+    model: str
+    recipes: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    data: str | None = None
+    prompts: str | None = None
+    limit: int | None = None
+    steps: int = 32
+    temperature: float = 1.0
+    seed: int = SEED
+    lens: str = "norm"
+    dtype: str = "float32"
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+    def names(self) -> list[str]:
+        """The cells, in order."""
+        return [*self.recipes, *self.candidates]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request whose every part was found to be usable, before anything slow."""
+
+    request: Request
+    folder: Path
+    recipes: dict[str, Recipe]
+    tasks: tuple[Task, ...]
+    prompts: tuple[str, ...]
+
+    def cell(self, name: str) -> Path:
+        """The file of one cell."""
+        return self.folder / "cells" / f"{re.sub(r'[^A-Za-z0-9.@=+-]+', '_', name)}.nc"
+
+    def missing(self) -> list[str]:
+        """The cells that are not there yet."""
+        return [name for name in self.request.names() if not self.cell(name).exists()]
+
+
+def default_prompts() -> list[str]:
+    """The prompts that ship with the package."""
+    text = data_text("prompts.txt")
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def plan(request: Request, folder: Path) -> Plan:
+    """Check a request without loading a model.
+
+    Raises:
+        StudyError, RecipeError, TaskError, LoadError: whatever cannot work, with what to do.
+    """
+    recipes = {str(Recipe.parse(text)): Recipe.parse(text) for text in request.recipes}
+    if len(recipes) < len(request.recipes):
+        raise StudyError("the same recipe is given twice")
+    _check_numbers(request)
+    for source in (request.model, *request.candidates):
+        exists(source)
+    tasks = tuple(_tasks(request))
+    prompts = tuple(_prompts(request))
+    _check_folder(request, folder)
+    return Plan(request, folder, recipes, tasks, prompts)
+
+
+def _check_numbers(request: Request) -> None:
+    if not request.names():
+        raise StudyError("nothing to compare with: give at least one --recipe, as --recipe mlp-drop@3")
+    for name, value in (("--limit", request.limit), ("--steps", request.steps)):
+        if value is not None and value < 1:
+            raise StudyError(f"{name} is {value}; it must be at least 1")
+    if not request.temperature > 0:
+        raise StudyError(f"--temperature is {request.temperature}; it must be above 0")
+    if request.dtype not in DTYPES:
+        raise StudyError(f"--dtype {request.dtype!r} is not one of {', '.join(DTYPES)}")
+    if request.lens not in ("norm", "raw"):
+        raise StudyError(f"--lens {request.lens!r} is not one of norm, raw")
+    try:
+        torch.empty(0, device=request.device)
+    except (RuntimeError, AssertionError) as error:
+        raise StudyError(f"--device {request.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _tasks(request: Request) -> list[Task]:
+    data = Path(request.data) if request.data else None
+    if data is not None and not data.is_dir():
+        raise StudyError(f"--data {data}: no such folder")
+    names = list(request.tasks) or list(TWINS)
+    return [t.limited(request.limit, request.seed) for t in load_tasks(names, data)]
+
+
+def _prompts(request: Request) -> list[str]:
+    if request.prompts is None:
+        return default_prompts()
+    file = Path(request.prompts)
+    if not file.is_file():
+        raise StudyError(f"--prompts {file}: no such file")
+    try:
+        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise StudyError(f"--prompts {file}: not UTF-8 text ({error})") from error
+    if not lines:
+        raise StudyError(f"--prompts {file}: no text in it; one prompt a line is needed")
+    return lines
+
+
+def _check_folder(request: Request, folder: Path) -> None:
+    file = folder / "study.json"
+    if file.is_file():
+        there = json.loads(file.read_text("utf-8"))
+        mine = json.loads(json.dumps(asdict(request)))
+        keys = {k for k in {*there, *mine} if there.get(k) != mine.get(k)} - {"recipes", "candidates"}
+        if keys:
+            parts = [f"{k} {there.get(k)!r} there, {mine.get(k)!r} asked" for k in sorted(keys)]
+            raise StudyError(
+                f"--out {folder} holds another study ({'; '.join(parts)}); name another folder, or ask "
+                "for the same to resume it"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StudyError(f"--out {folder} exists and holds something else; name a new or empty folder")
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def run(request: Request, folder: Path, progress: Progress) -> Plan:
+    """Run what is missing of a study. Returns its plan; cells are in their files."""
+    what = plan(request, folder)
+    missing = what.missing()
+    if not missing:
+        progress.say(f"all {len(request.names())} cells are there already")
+        return what
+    with progress.task(f"loading {request.model}"):
+        dense = _load(request, request.model, progress)
+    _check_against(what, dense)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / "study.json", _merged(request, folder))
+    answers = _dense_answers(what, dense, progress)
+    for name in missing:
+        _cell(what, name, dense, answers, progress)
+    return what
+
+
+def _load(request: Request, source: str, progress: Progress) -> Model:
+    return load(
+        source, dtype=request.dtype, device=request.device, say=progress.say,
+        trust_remote_code=request.trust_remote_code,
+    )  # fmt: skip
+
+
+def _check_against(what: Plan, dense: Model) -> None:
+    for recipe in what.recipes.values():
+        check_recipe(dense, recipe)
+    check_prompts(dense, what.prompts)
+
+
+def _merged(request: Request, folder: Path) -> dict[str, Any]:
+    """The request with the cells that the folder has already."""
+    new, file = asdict(request), folder / "study.json"
+    old = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    for kind in ("recipes", "candidates"):
+        new[kind] = list(dict.fromkeys([*old.get(kind, []), *new[kind]]))
+    return new
+
+
+def _dense_answers(what: Plan, dense: Model, progress: Progress) -> list[list[Answer]]:
+    file = what.folder / "dense-answers.json"
+    key = provenance.text_hash([json.dumps([asdict(t) for t in what.tasks], sort_keys=True), dense.weights])
+    if file.is_file():
+        kept = json.loads(file.read_text("utf-8"))
+        if kept["key"] == key:
+            return [[Answer(**a) for a in answers] for answers in kept["answers"]]
+    answers = _answers(dense, what.tasks, "dense", progress)
+    _write_json(file, {"key": key, "answers": [[asdict(a) for a in side] for side in answers]})
+    return answers
+
+
+def _answers(
+    model: Model, tasks: Sequence[Task], name: str, progress: Progress
+) -> list[list[Answer]]:
+    with progress.task(f"{name}: tasks") as tick:
+        result: list[list[Answer]] = []
+        for i, task in enumerate(tasks):
+            done = i / len(tasks)
+            result.append(answer(model, task, progress=_scaled(tick, done, 1 / len(tasks))))
+        return result
+
+
+def _scaled(tick: Callable[[float], None], done: float, share: float) -> Callable[[float], None]:
+    return lambda inner: tick(done + share * inner)
+
+
+def _cell(
+    what: Plan, name: str, dense: Model, answers: list[list[Answer]], progress: Progress
+) -> None:
+    """Make one cell and write its file; the candidate is gone from memory afterwards."""
+    clock, seconds = time.perf_counter(), dict[str, float]()
+
+    def lap(part: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        seconds[part], clock = now - clock, now
+
+    candidate = _candidate(what, name, dense, progress)
+    lap("compress")
+    with progress.task(f"{name}: states, every layer") as tick:
+        tree = _measure(what, dense, candidate, tick)
+    lap("measure")
+    scores = pair(what.tasks, answers, _answers(candidate, what.tasks, name, progress))
+    lap("score")
+    with progress.task(f"{name}: sample texts"):
+        samples = _samples(what, dense, candidate)
+    lap("samples")
+    groups = {n: node.to_dataset() for n, node in tree.children.items()}
+    groups |= {"scores": scores, "samples": samples, "cost": _cost(dense, candidate, seconds)}
+    schema.write(schema.tree(groups, _provenance(what, name, dense, candidate)), what.cell(name))
+
+
+def _candidate(what: Plan, name: str, dense: Model, progress: Progress) -> Model:
+    if name in what.recipes:
+        with progress.task(f"{name}: compressing") as tick:
+            return compress(dense, what.recipes[name], progress=tick)
+    with progress.task(f"loading {name}"):
+        candidate = _load(what.request, name, progress)
+    check_pair(dense, candidate, layerwise=False)
+    return candidate
+
+
+def _measure(
+    what: Plan, dense: Model, candidate: Model, tick: Callable[[float], None]
+) -> xr.DataTree:
+    layerwise = True
+    try:
+        check_pair(dense, candidate)
+    except MeasureError:  # checked without layers before: only the layers do not match
+        layerwise = False
+    return measure(
+        dense, candidate, prompts=what.prompts, temperature=what.request.temperature,
+        lens="raw" if what.request.lens == "raw" else "norm", layerwise=layerwise, progress=tick,
+    )  # fmt: skip
+
+
+def _samples(what: Plan, dense: Model, candidate: Model) -> xr.Dataset:
+    prompts = list(what.prompts[:SAMPLES])
+    sides = [generate(m, prompts, what.request.steps) for m in (dense, candidate)]
+    first = [_first_difference(a[1], b[1]) for a, b in zip(*sides, strict=True)]
+    text = np.array([[t for t, _, _ in side] for side in sides], dtype=object).T
+    variables = {"text": text, "prompt_text": np.array(prompts, dtype=object), "first_divergence": np.array(first)}
+    coords = {"sample": np.arange(len(prompts)), "model": list(schema.MODELS)}
+    return schema.dataset("samples", variables, coords, {"steps": what.request.steps, "decoding": "greedy"})
+
+
+def _first_difference(a: list[int], b: list[int]) -> int:
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return -1 if len(a) == len(b) else min(len(a), len(b))
+
+
+def _cost(dense: Model, candidate: Model, seconds: dict[str, float]) -> xr.Dataset:
+    sides = [cost(m) for m in (dense, candidate)]
+    variables = {n: np.array([side[n] for side in sides]) for n in sides[0]}
+    variables["seconds"] = np.array(list(seconds.values()))
+    coords = {"model": list(schema.MODELS), "work": list(seconds)}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT
+    attrs = {"peak_memory_bytes": peak, "achieved": candidate.achieved}
+    return schema.dataset("cost", variables, coords, attrs)
+
+
+def _provenance(what: Plan, name: str, dense: Model, candidate: Model) -> dict[str, Any]:
+    return provenance.stamp(
+        recipe=name, model=dense.name, weights=dense.weights, candidate_weights=candidate.weights,
+        achieved=candidate.achieved, prompts=provenance.text_hash(what.prompts),
+        calibration=provenance.text_hash(calibration_texts()),
+        seed=what.request.seed, dtype=what.request.dtype, device=what.request.device,
+        request=asdict(what.request),
+    )  # fmt: skip
+
+
+def _write_json(file: Path, value: Any) -> None:
+    scratch = file.with_name(f".{file.name}.writing")
+    scratch.write_text(json.dumps(value, indent=1), "utf-8")
+    scratch.replace(file)
+
+
+def cells(folder: Path) -> dict[str, xr.DataTree]:
+    """The finished cells of a study's folder, in the order in which they were asked for.
+
+    Raises:
+        StudyError: no study there, or none of its cells is finished.
+    """
+    file = folder / "study.json"
+    if not file.is_file():
+        raise StudyError(f"{folder}: no study.json, so this is no folder that `diagnose` or `compare` wrote")
+    asked: dict[str, Any] = {}
+    with suppress(ValueError):
+        asked = json.loads(file.read_text("utf-8"))
+    order = [*asked.get("recipes", []), *asked.get("candidates", [])]
+    found = {str(tree.attrs["recipe"]): tree for tree in map(schema.read, sorted(folder.glob("cells/*.nc")))}
+    if not found:
+        raise StudyError(f"{folder}: no cell is finished yet; run the command that started it again")
+    return {name: found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))}
