@@ -7,7 +7,7 @@ a 95 % paired bootstrap over items, the same items in both models.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
@@ -57,10 +57,12 @@ def verdict(retention: Interval, informative: bool) -> str:
 
 def retentions(scores: xr.Dataset) -> list[Retention]:
     """One row per task and format, in the order of the data, McNemar p-values Holm-corrected."""
-    keys = list(dict.fromkeys(zip(scores.task.values.tolist(), scores.format.values.tolist(), strict=True)))
+    keys = list(
+        dict.fromkeys(zip(scores.task.values.tolist(), scores.format.values.tolist(), strict=True))
+    )
     rows = [_retention(scores, task, format) for task, format in keys]
     adjusted = holm([row.p_value for row in rows])
-    return [Retention(**{**row.__dict__, "p_value": p}) for row, p in zip(rows, adjusted, strict=True)]
+    return [replace(row, p_value=p) for row, p in zip(rows, adjusted, strict=True)]
 
 
 def _retention(scores: xr.Dataset, task: str, format: str) -> Retention:
@@ -111,8 +113,13 @@ def discrepancy(scores: xr.Dataset) -> Discrepancy | None:
 
     Items are resampled within their task, and an item keeps its two halves.
     """
-    halves = [scores.isel(item=(scores.format.values == f) & (scores.twin.values != "")) for f in ("choice", "generation")]
-    tasks = [t for t in dict.fromkeys(halves[0].task.values.tolist()) if _both_informative(halves, t)]
+    halves = [
+        scores.isel(item=(scores.format.values == f) & (scores.twin.values != ""))
+        for f in ("choice", "generation")
+    ]
+    tasks = [
+        t for t in dict.fromkeys(halves[0].task.values.tolist()) if _both_informative(halves, t)
+    ]
     if not tasks:
         return None
     parts = [_gains(half, tasks) for half in halves]
@@ -153,7 +160,10 @@ def failures(scores: xr.Dataset) -> dict[str, dict[str, float]]:
     """Mean failure modes of generation, per model: no_answer, no_stop, repetition."""
     part = scores.isel(item=scores.format.values == "generation")
     return {
-        model: {n: float(part[n].sel(model=model).mean()) for n in ("no_answer", "no_stop", "repetition")}
+        model: {
+            n: float(part[n].sel(model=model).mean())
+            for n in ("no_answer", "no_stop", "repetition")
+        }
         for model in ("dense", "candidate")
         if part.sizes["item"]
     }

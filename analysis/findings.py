@@ -51,7 +51,9 @@ def diagnose(cells: Mapping[str, xr.DataTree] | xr.DataTree) -> list[Finding]:
     found: list[Finding] = []
     for name, cell in named.items():
         found += _scores(name, cell) + _output(name, cell) + _spaces(name, cell)
-        found += _layers(name, cell) + _theory(name, cell) + _failures(name, cell) + _cost(name, cell)
+        found += (
+            _layers(name, cell) + _theory(name, cell) + _failures(name, cell) + _cost(name, cell)
+        )
     return found + _compare(named)
 
 
@@ -67,7 +69,9 @@ def _found(
     claim: str, estimate: Interval, n: int, where: str, evidence: str, level: Level = "finding",
     **detail: Any,
 ) -> Finding:  # fmt: skip
-    span = (estimate.low, estimate.high) if np.isfinite([estimate.low, estimate.high]).all() else None
+    span = (
+        (estimate.low, estimate.high) if np.isfinite([estimate.low, estimate.high]).all() else None
+    )
     return Finding(claim, estimate.value, span, n, where, evidence, level, detail)
 
 
@@ -155,12 +159,20 @@ def _failures(name: str, cell: xr.DataTree) -> list[Finding]:
     worst = max(dense, key=lambda m: other[m] - dense[m])
     if other[worst] - dense[worst] < 0.02:
         return []
-    words = {"no_answer": "without an answer", "no_stop": "not ended", "repetition": "repeated 4-grams"}
+    words = {
+        "no_answer": "without an answer",
+        "no_stop": "not ended",
+        "repetition": "repeated 4-grams",
+    }
     part = scores.isel(item=scores.format.values == "generation")  # type: ignore[union-attr]
     values = part[worst].sel(model="candidate").values.astype(float)
     estimate = bootstrap(lambda pick: values[pick].mean(-1), len(values), strata=part.task.values)
     claim = f"Free answers of {name} fail by texts {words[worst]}: {estimate} (dense {dense[worst]:.2f})."
-    return [_found(claim, estimate, len(values), name, f"/scores/{worst}", mode=worst, dense=dense[worst])]
+    return [
+        _found(
+            claim, estimate, len(values), name, f"/scores/{worst}", mode=worst, dense=dense[worst]
+        )
+    ]
 
 
 # --- shifts --------------------------------------------------------------------------------------
@@ -222,7 +234,11 @@ def _layers(name: str, cell: xr.DataTree) -> list[Finding]:
         f"Read through the final norm, the shift of {name} grows most at the {sublayer} of layer {layer}: "
         f"mean KL rises there by {estimate.value:.3g} nat ({estimate.low:.3g} to {estimate.high:.3g})."
     )
-    return [_found(claim, estimate, len(change), f"{name}, layer {layer} {site}", "/shifts/kl, propagated")]
+    return [
+        _found(
+            claim, estimate, len(change), f"{name}, layer {layer} {site}", "/shifts/kl, propagated"
+        )
+    ]
 
 
 def _theory(name: str, cell: xr.DataTree) -> list[Finding]:
@@ -241,16 +257,32 @@ def _theory(name: str, cell: xr.DataTree) -> list[Finding]:
         f"{100 * third.within:.0f} % of {third.n} positions lie within a factor of 2, median error "
         f"{100 * third.error:.0f} %; the third order is {size.value:.2g} of the second in the median prompt."
     )
-    return [_found(claim, size, len(validity), name, "/output/kl, /output/var_p", within=third.within, error=third.error)]
+    return [
+        _found(
+            claim,
+            size,
+            len(validity),
+            name,
+            "/output/kl, /output/var_p",
+            within=third.within,
+            error=third.error,
+        )
+    ]
 
 
 def _cost(name: str, cell: xr.DataTree) -> list[Finding]:
     cost = _group(cell, "cost")
     if cost is None:
         return []
-    packed = cost.bytes_packed.sel(model="candidate").item() / cost.bytes_packed.sel(model="dense").item()
+    packed = (
+        cost.bytes_packed.sel(model="candidate").item()
+        / cost.bytes_packed.sel(model="dense").item()
+    )
     held = cost.parameters.sel(model="candidate").item() / cost.parameters.sel(model="dense").item()
-    zeros = 1 - cost.nonzero.sel(model="candidate").item() / cost.parameters.sel(model="candidate").item()
+    zeros = (
+        1
+        - cost.nonzero.sel(model="candidate").item() / cost.parameters.sel(model="candidate").item()
+    )
     claim = (
         f"{name} holds {100 * held:.1f} % of the parameters, {100 * zeros:.1f} % of them zero; packed it would take "
         f"{100 * packed:.1f} % of the bytes. Zeros and simulated rounding save no time by themselves."

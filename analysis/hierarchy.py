@@ -37,7 +37,9 @@ def amplification(angular: xr.DataArray) -> list[Amplification]:
     for source, target in STEPS:
         below, above = (means.sel(space=s).values for s in (source, target))
 
-        def ratio(pick: np.ndarray, below: np.ndarray = below, above: np.ndarray = above) -> np.ndarray:
+        def ratio(
+            pick: np.ndarray, below: np.ndarray = below, above: np.ndarray = above
+        ) -> np.ndarray:
             with np.errstate(divide="ignore", invalid="ignore"):
                 return above[pick].sum(-1) / below[pick].sum(-1)
 

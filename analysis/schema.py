@@ -58,7 +58,9 @@ def _figures(dims: tuple[str, ...]) -> dict[str, Variable]:
         "validity": Variable(dims, "1", "|k3|/(3 k2 T): third order of KL beside the second"),
         "flip": Variable(dims, "1", "1 where the most likely token differs"),
         "margin": Variable(dims, "nat", "largest minus second largest dense logit"),
-        "overlap": Variable(dims, "1", "share of the dense top 10 that the candidate's top 10 keep"),
+        "overlap": Variable(
+            dims, "1", "share of the dense top 10 that the candidate's top 10 keep"
+        ),
         "entropy": Variable(dims, "nat", "entropy of p"),
         "entropy_candidate": Variable(dims, "nat", "entropy of p'"),
     }
@@ -71,19 +73,27 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         "score": Variable(("item", "model"), "1", "1 right, 0 wrong"),
         "no_answer": Variable(("item", "model"), "1", "1 where nothing could be read as an answer"),
         "no_stop": Variable(("item", "model"), "1", "1 where the length limit ended the text"),
-        "repetition": Variable(("item", "model"), "1", "share of 4-grams of tokens that are repeats"),
-        "text": Variable(("item", "model"), "", "what the model wrote, or the option it chose", kind="U"),
+        "repetition": Variable(
+            ("item", "model"), "1", "share of 4-grams of tokens that are repeats"
+        ),
+        "text": Variable(
+            ("item", "model"), "", "what the model wrote, or the option it chose", kind="U"
+        ),
     },
     "samples": {
         "text": Variable(("sample", "model"), "", "greedy continuation of the prompt", kind="U"),
         "prompt_text": Variable(("sample",), "", "the prompt", kind="U"),
-        "first_divergence": Variable(("sample",), "token", "first step with different tokens; -1: none", kind="i"),
+        "first_divergence": Variable(
+            ("sample",), "token", "first step with different tokens; -1: none", kind="i"
+        ),
     },
     "cost": {
         "parameters": Variable(("model",), "1", "parameters, shared ones once"),
         "nonzero": Variable(("model",), "1", "parameters that are not zero"),
         "bytes": Variable(("model",), "byte", "weights as held in memory"),
-        "bytes_packed": Variable(("model",), "byte", "weights as a packed integer format would store them"),
+        "bytes_packed": Variable(
+            ("model",), "byte", "weights as a packed integer format would store them"
+        ),
         "seconds": Variable(("work",), "s", "wall-clock seconds of the cell's parts"),
     },
 }
@@ -120,7 +130,9 @@ def dataset(
         row = declared[name]
         about = {"units": row.units, "long_name": row.long_name, "reference": row.reference}
         data[name] = (row.dims, np.asarray(values), about)
-    result = xr.Dataset(data, coords=dict(coords), attrs={k: _plain(v) for k, v in (attrs or {}).items()})
+    result = xr.Dataset(
+        data, coords=dict(coords), attrs={k: _plain(v) for k, v in (attrs or {}).items()}
+    )
     check_group(group, result)
     return result
 
@@ -141,7 +153,11 @@ def check_group(group: str, data: xr.Dataset) -> None:
         if tuple(values.dims) != row.dims:
             raise SchemaError(f"/{group}/{name} has dims {values.dims}, declared {row.dims}")
         kind = values.dtype.kind
-        if kind != row.kind and not (row.kind == "U" and kind in "OTS") and not (row.kind == "f" and kind in "ib"):
+        if (
+            kind != row.kind
+            and not (row.kind == "U" and kind in "OTS")
+            and not (row.kind == "f" and kind in "ib")
+        ):
             raise SchemaError(f"/{group}/{name} holds {values.dtype}, declared kind {row.kind!r}")
 
 
@@ -168,7 +184,9 @@ def write(cell: xr.DataTree, path: Path) -> None:
 def _encoding(cell: xr.DataTree) -> dict[str, dict[str, Any]]:
     def packed(data: xr.Dataset) -> dict[str, Any]:
         return {
-            str(n): {"zlib": True, "complevel": 4} for n, v in data.data_vars.items() if v.dtype.kind in "fib" and v.ndim
+            str(n): {"zlib": True, "complevel": 4}
+            for n, v in data.data_vars.items()
+            if v.dtype.kind in "fib" and v.ndim
         }
 
     return {f"/{name}": packed(node.to_dataset()) for name, node in cell.children.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -61,7 +62,12 @@ def _flat(values: xr.DataArray) -> np.ndarray:
 
 
 def _usable(measured: np.ndarray, estimated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    keep = (measured > SMALLEST) & (estimated > SMALLEST) & np.isfinite(measured) & np.isfinite(estimated)
+    keep = (
+        (measured > SMALLEST)
+        & (estimated > SMALLEST)
+        & np.isfinite(measured)
+        & np.isfinite(estimated)
+    )
     return measured[keep], estimated[keep]
 
 
@@ -70,11 +76,12 @@ def fit(theorem: str, measured: np.ndarray, estimated: np.ndarray) -> Fit | None
     if len(measured) < 8 or np.ptp(measured) == 0:
         return None
     x, y = np.log(measured), np.log(estimated)
-    line = stats.linregress(x, y)
+    line: Any = stats.linregress(x, y)
+    rank: Any = stats.spearmanr(x, y)
     ratio = estimated / measured
     return Fit(
         theorem, len(x), float(line.slope), float(line.rvalue**2),
-        float(stats.spearmanr(x, y).statistic),
+        float(rank.statistic),
         float(((ratio >= 0.5) & (ratio <= 2)).mean()), float(np.median(np.abs(ratio - 1))),
     )  # fmt: skip
 

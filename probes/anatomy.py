@@ -138,7 +138,9 @@ def anatomy_of(config: Any) -> Anatomy:
             + f". Known: {', '.join(ANATOMIES)}. To add it, write one row of paths (layers, embed, "
             "final norm, unembedding, attention, MLP, norms) in probes/anatomy.py and one in its test"
         )
-    if kind == "opt" and not (config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size):
+    if kind == "opt" and not (
+        config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
+    ):
         raise AnatomyError(
             "this OPT model normalises after its sublayers or projects its embeddings (the 350m "
             "variant does both); its residual stream is not a sum of contributions. Use another size"

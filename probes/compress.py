@@ -102,9 +102,7 @@ def _check_group(dense: Model, step: str, group: int) -> None:
 # --- dropping ----------------------------------------------------------------------------------
 
 
-def importance(
-    model: Model, texts: Sequence[str] | None = None
-) -> dict[str, np.ndarray]:
+def importance(model: Model, texts: Sequence[str] | None = None) -> dict[str, np.ndarray]:
     """1 - cosine of what goes into and what comes out of each sublayer, averaged over tokens.
 
     Returns `attn`, `mlp` and `block`, each `(layer,)` in float64, over the calibration texts. The
@@ -135,14 +133,18 @@ def _dropper(what: str) -> Callable[[Model, Amount, list[str]], None]:
     def apply(candidate: Model, amount: Amount, texts: list[str]) -> None:
         blocks = candidate.anatomy.blocks(candidate.module)
         gone = [
-            i for i, b in enumerate(blocks) if all(dropped(candidate.anatomy, b, s) for s in sublayers)
+            i
+            for i, b in enumerate(blocks)
+            if all(dropped(candidate.anatomy, b, s) for s in sublayers)
         ]
         layers = _chosen(candidate, what, amount, texts, gone)
         for layer in layers:
             for sublayer in sublayers:
                 if not dropped(candidate.anatomy, blocks[layer], sublayer):
                     drop(candidate.anatomy, blocks[layer], sublayer, layer)
-                    candidate.achieved.setdefault("dropped", {}).setdefault(sublayer, []).append(layer)
+                    candidate.achieved.setdefault("dropped", {}).setdefault(sublayer, []).append(
+                        layer
+                    )
 
     return apply
 
@@ -177,7 +179,7 @@ def _replace(module: nn.Module, matrix: Tensor) -> None:
         module.register_parameter("weight", nn.Parameter(new.contiguous(), requires_grad=False))
 
 
-def _magnitude(candidate: Model, amount: Amount, texts: list[str]) -> None:
+def _magnitude(candidate: Model, amount: Amount, _: list[str]) -> None:
     assert isinstance(amount, Ratio)
     for module in linears(candidate.anatomy, candidate.module).values():
         matrix = _matrix(module)
@@ -212,7 +214,7 @@ def round_to_nearest(matrix: Tensor, bits: int, group: int = 0) -> Tensor:
     return ((codes - zero) * scale).flatten(1).to(matrix.dtype)
 
 
-def _rtn(candidate: Model, amount: Amount, texts: list[str]) -> None:
+def _rtn(candidate: Model, amount: Amount, _: list[str]) -> None:
     assert isinstance(amount, Integer)
     for module in linears(candidate.anatomy, candidate.module).values():
         _replace(module, round_to_nearest(_matrix(module), amount.bits, amount.group))
@@ -235,7 +237,9 @@ _APPLY: dict[str, Callable[[Model, Amount, list[str]], None]] = {
 
 def cost(model: Model) -> dict[str, float]:
     """Parameters, non-zero parameters, bytes in memory and bytes that a packed format would take."""
-    matrices = {id(m.get_parameter("weight")) for m in linears(model.anatomy, model.module).values()}
+    matrices = {
+        id(m.get_parameter("weight")) for m in linears(model.anatomy, model.module).values()
+    }
     bits: Any = model.achieved.get("bits_stored")
     total = nonzero = held = packed = 0.0
     for p in {id(p): p for p in model.module.parameters()}.values():

@@ -128,7 +128,9 @@ def compare_logits(
         z, y = z.float(), y.float()
         masked = bool(torch.minimum(z.amin(), y.amin()) == -math.inf)
         blocks.append(_masked_rows(z, y, settings) if masked else _reduce(z, y, settings))
-    stacked = torch.cat(blocks) if blocks else rows.new_zeros((0, len(FIGURES)), dtype=torch.float64)
+    stacked = (
+        torch.cat(blocks) if blocks else rows.new_zeros((0, len(FIGURES)), dtype=torch.float64)
+    )
     return {name: column.reshape(shape) for name, column in zip(FIGURES, stacked.T, strict=True)}
 
 
@@ -204,9 +206,7 @@ def compare_many(
             else:
                 y = candidate_readout.logits(candidate_readout.states(states[here]), space[1])
             columns.append(_reduce_block(z, y, settings))
-    return [
-        dict(zip(FIGURES, torch.cat(columns).T, strict=True)) for columns in done
-    ]
+    return [dict(zip(FIGURES, torch.cat(columns).T, strict=True)) for columns in done]
 
 
 def _keep_freed_memory() -> None:
@@ -481,7 +481,9 @@ def _leaders(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return _ordered(logits, torch.arange(vocab, device=logits.device).expand(rows, -1), k)
     whole = vocab // GROUP * GROUP
     maxima = logits[:, :whole].unflatten(-1, (-1, GROUP)).amax(-1)
-    _, groups = _ordered(maxima, torch.arange(maxima.shape[1], device=logits.device).expand(rows, -1), k)
+    _, groups = _ordered(
+        maxima, torch.arange(maxima.shape[1], device=logits.device).expand(rows, -1), k
+    )
     inside = torch.arange(GROUP, device=logits.device)
     index = (groups.sort(-1).values[:, :, None] * GROUP + inside).flatten(1)
     tail = torch.arange(whole, vocab, device=logits.device).expand(rows, -1)

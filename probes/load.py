@@ -201,7 +201,9 @@ def _tokenizer(folder: Path, trust: bool) -> Any:
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         except (ValueError, OSError, KeyError) as error:
-            raise LoadError(f"{folder}: no tokenizer that transformers can load ({error})") from error
+            raise LoadError(
+                f"{folder}: no tokenizer that transformers can load ({error})"
+            ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -228,15 +230,17 @@ def restore_layers(module: Any, anatomy: Anatomy, kept: list[int], depth: dict[s
     set_layers(module, anatomy, full, depth)
 
 
-def set_layers(module: Any, anatomy: Anatomy, blocks: list[nn.Module], depth: dict[str, Any]) -> None:
+def set_layers(
+    module: Any, anatomy: Anatomy, blocks: list[nn.Module], depth: dict[str, Any]
+) -> None:
     """Give a model other layers, with their numbers and its configuration in step."""
     module.set_submodule(anatomy.layers, nn.ModuleList(blocks))
     for name, value in depth.items():
         setattr(module.config, name, value)
     for number, block in enumerate(blocks):
         for part in block.modules():
-            if hasattr(part, "layer_idx"):
-                part.layer_idx = number
+            if "layer_idx" in part.__dict__:
+                part.__dict__["layer_idx"] = number
 
 
 class _quiet:  # noqa: N801  (a context manager, named as one reads it)
@@ -277,7 +281,11 @@ def _converted(file: Path, say: Callable[[str], None]) -> tuple[Path, str]:
         scratch = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
         try:
             _convert(file, scratch)
-            record = {"file": file.name, "source": source, "weights": _hash(*scratch.glob("*.safetensors"))}
+            record = {
+                "file": file.name,
+                "source": source,
+                "weights": _hash(*scratch.glob("*.safetensors")),
+            }
             (scratch / "source.json").write_text(json.dumps(record, indent=1), "utf-8")
             _move_into_place(scratch, folder)
         finally:
@@ -290,7 +298,7 @@ def _convert(file: Path, target: Path) -> None:
 
     with _quiet():
         try:
-            module = AutoModelForCausalLM.from_pretrained(
+            module: Any = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32
             )
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

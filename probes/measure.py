@@ -102,18 +102,39 @@ def check_pair(dense: Model, candidate: Model, layerwise: bool = True) -> None:
             f"{dense.label} has {dense.vocabulary} tokens, {candidate.label} {candidate.vocabulary}: "
             "logits of different vocabularies are not comparable"
         )
-    if dense.tokenizer.get_vocab() != candidate.tokenizer.get_vocab():
+    if _tokens(dense) != _tokens(candidate):
         raise MeasureError(
             f"{dense.label} and {candidate.label} have different tokenizers: their token ids mean "
             "different texts. Compare a model with a compressed form of itself"
         )
-    if layerwise and (dense.anatomy, dense.layer_count) != (candidate.anatomy, candidate.layer_count):
+    if layerwise and (dense.anatomy, dense.layer_count) != (
+        candidate.anatomy,
+        candidate.layer_count,
+    ):
         raise MeasureError(
             f"{dense.label} has {dense.layer_count} layers, {candidate.label} {candidate.layer_count} "
             "(or another architecture), so layers have no counterparts; measure the output only "
             "(layerwise=False), or save the candidate with `prunescope compress`, which records "
             "which layers were kept"
         )
+    if layerwise and _attention_settings(dense) != _attention_settings(candidate):
+        raise MeasureError(
+            f"{dense.label} and {candidate.label} have different positions or attention windows "
+            f"({_attention_settings(dense)} and {_attention_settings(candidate)}), so their layers "
+            "cannot be run on each other's states; measure the output only (layerwise=False)"
+        )
+
+
+def _tokens(model: Model) -> dict[str, int]:
+    """The tokens that the model has a logit for, with their ids."""
+    return {t: i for t, i in model.tokenizer.get_vocab().items() if i < model.vocabulary}
+
+
+def _attention_settings(model: Model) -> dict[str, Any]:
+    """What attention gets from outside its layer; in lockstep the dense model provides it."""
+    config = model.module.config.to_dict()
+    names = ("rope_parameters", "sliding_window", "layer_types", "no_rope_layers")
+    return {name: config.get(name) for name in names}
 
 
 def check_prompts(dense: Model, prompts: Sequence[str]) -> None:
@@ -171,7 +192,12 @@ def angles(x: Tensor, y: Tensor) -> Figures:
     alpha = (d * x).sum(-1) / norm2
     orthogonal = ((d - alpha[:, None] * x) ** 2).sum(-1).sqrt() / norm2.sqrt()
     angular = formulas.angular_exact(alpha, orthogonal)
-    return {"cosine": 1 - angular, "angular": angular, "parallel": alpha.abs(), "orthogonal": orthogonal}
+    return {
+        "cosine": 1 - angular,
+        "angular": angular,
+        "parallel": alpha.abs(),
+        "orthogonal": orthogonal,
+    }
 
 
 class _Store:
@@ -217,7 +243,9 @@ class _Part:
         _put(self.store.output, (self.prompt, self.token), figures, h)
 
 
-def _put(arrays: dict[str, np.ndarray], where: tuple[Any, ...], figures: Figures, h: Figures) -> None:
+def _put(
+    arrays: dict[str, np.ndarray], where: tuple[Any, ...], figures: Figures, h: Figures
+) -> None:
     for name in PLAIN:
         arrays[name][where] = figures[name].cpu().numpy()
     for name in SPACED:

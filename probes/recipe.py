@@ -1,10 +1,10 @@
 """Recipes: what is done to a model, as a value that prints and parses back.
 
-    attn-drop@8                    the 8 least important attention sublayers
-    attn-drop@layers=3,7           these two
-    magnitude@0.5                  the smaller half of each weight matrix
-    rtn@int4-g64                   4-bit integers, one scale per 64 weights
-    attn-drop@4+rtn@int8           one after the other
+attn-drop@8                    the 8 least important attention sublayers
+attn-drop@layers=3,7           these two
+magnitude@0.5                  the smaller half of each weight matrix
+rtn@int4-g64                   4-bit integers, one scale per 64 weights
+attn-drop@4+rtn@int8           one after the other
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def _drop_amount(text: str) -> Amount:
         return Layers(layers)
     if re.fullmatch(r"\d+", text) and int(text) > 0:
         return Count(int(text))
-    raise RecipeError("a number of sublayers from 1, as attn-drop@8, or layers, as attn-drop@layers=3,7")
+    raise RecipeError(
+        "a number of sublayers from 1, as attn-drop@8, or layers, as attn-drop@layers=3,7"
+    )
 
 
 def _ratio_amount(text: str) -> Amount:
@@ -87,7 +89,9 @@ def _integer_amount(text: str) -> Amount:
     match = re.fullmatch(r"int(\d+)(?:-g(\d+))?", text)
     if match and 2 <= int(match[1]) <= 8 and (match[2] is None or int(match[2]) >= 8):
         return Integer(int(match[1]), int(match[2] or 0))
-    raise RecipeError("int2 to int8, with a group of at least 8 if any, as rtn@int8 or rtn@int4-g64")
+    raise RecipeError(
+        "int2 to int8, with a group of at least 8 if any, as rtn@int8 or rtn@int4-g64"
+    )
 
 
 class Method(NamedTuple):
@@ -99,9 +103,13 @@ class Method(NamedTuple):
 
 
 METHODS: dict[str, Method] = {
-    "attn-drop": Method(_drop_amount, "attn-drop@5", "remove attention sublayers, least important first"),
+    "attn-drop": Method(
+        _drop_amount, "attn-drop@5", "remove attention sublayers, least important first"
+    ),
     "mlp-drop": Method(_drop_amount, "mlp-drop@3", "remove MLP sublayers, least important first"),
-    "block-drop": Method(_drop_amount, "block-drop@3", "remove whole layers, least important first"),
+    "block-drop": Method(
+        _drop_amount, "block-drop@3", "remove whole layers, least important first"
+    ),
     "magnitude": Method(_ratio_amount, "magnitude@0.5", "zero the smallest weights of each matrix"),
     "rtn": Method(_integer_amount, "rtn@int4-g64", "round weights to integers, group by group"),
 }
@@ -151,7 +159,9 @@ def _step(part: str, text: str) -> Step:
             + f" Allowed: {', '.join(METHODS)} (see `prunescope list recipes`)"
         )
     if not at:
-        raise RecipeError(f"recipe {text!r}: {method} needs an amount, as {METHODS[method].example!r}")
+        raise RecipeError(
+            f"recipe {text!r}: {method} needs an amount, as {METHODS[method].example!r}"
+        )
     try:
         return Step(method, METHODS[method].amount(amount))
     except RecipeError as error:

@@ -42,7 +42,11 @@ def save(candidate: Model, folder: Path | str) -> Path:
     module = candidate.clone().module
     module.config = copy.deepcopy(module.config)
     manifest: dict[str, Any] = {"recipe": str(candidate.recipe)} if candidate.recipe else {}
-    manifest |= {"achieved": candidate.achieved, "from": candidate.name, "weights": candidate.weights}
+    manifest |= {
+        "achieved": candidate.achieved,
+        "from": candidate.name,
+        "weights": candidate.weights,
+    }
     gone = _dropped(candidate.anatomy, module)
     depth = depth_of(module.config)
     kept = manifest["kept"] = _remove_whole_layers(candidate.anatomy, module)
@@ -50,7 +54,10 @@ def save(candidate: Model, folder: Path | str) -> Path:
         manifest["depth"] = depth
     gone = {s: [i for i in layers if i in kept] for s, layers in gone.items()}
     if any(gone.values()):
-        manifest |= {"dropped": gone, "config": module.config.to_dict()}  # numbers of the full model
+        manifest |= {
+            "dropped": gone,
+            "config": module.config.to_dict(),
+        }  # numbers of the full model
     folder.mkdir(parents=True, exist_ok=True)
     module.save_pretrained(folder)
     candidate.tokenizer.save_pretrained(folder)
@@ -69,7 +76,11 @@ def _dropped(anatomy: Anatomy, module: nn.Module) -> dict[str, list[int]]:
 def _remove_whole_layers(anatomy: Anatomy, module: Any) -> list[int]:
     """Delete layers that add nothing; the numbers of the layers that stay."""
     gone = _dropped(anatomy, module)
-    kept = [i for i in range(len(anatomy.blocks(module))) if not (i in gone["attn"] and i in gone["mlp"])]
+    kept = [
+        i
+        for i in range(len(anatomy.blocks(module)))
+        if not (i in gone["attn"] and i in gone["mlp"])
+    ]
     blocks = anatomy.blocks(module)
     if len(kept) < len(blocks):
         depth = {name: len(kept) for name in DEPTH if name in module.config.to_dict()}
@@ -82,7 +93,9 @@ def _remove_whole_layers(anatomy: Anatomy, module: Any) -> list[int]:
 def _hide_from_transformers(folder: Path) -> None:
     file = folder / "config.json"
     config = json.loads(file.read_text("utf-8"))
-    file.write_text(json.dumps({**config, "model_type": OWN_TYPE, "architectures": []}, indent=1), "utf-8")
+    file.write_text(
+        json.dumps({**config, "model_type": OWN_TYPE, "architectures": []}, indent=1), "utf-8"
+    )
 
 
 def _readme(candidate: Model, manifest: dict[str, Any], own: bool) -> str:

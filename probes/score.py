@@ -212,7 +212,9 @@ def _target_sums(
     readout = model.readout("raw")
     pieces: list[Tensor] = []
     for part, ids in zip(states.split(LOGIT_ROWS), target.split(LOGIT_ROWS), strict=True):
-        logits = readout.logits(readout.states(part), part.new_empty((len(part), model.vocabulary), dtype=torch.float32))
+        logits = readout.logits(
+            readout.states(part), part.new_empty((len(part), model.vocabulary), dtype=torch.float32)
+        )
         pieces.append(logits.gather(1, ids[:, None])[:, 0].double() - logits.logsumexp(-1).double())
     values = torch.cat(pieces).cpu()
     return torch.zeros(len(tails), dtype=torch.float64).index_add_(0, row, values).numpy()
@@ -269,14 +271,20 @@ def generate(
     result: list[tuple[str, list[int], bool]] = [("", [], False)] * len(rows)
     done = 0
     for batch in (order[i : i + BATCH_ROWS] for i in range(0, len(order), BATCH_ROWS)):
-        for i, tokens in zip(batch, _continue(model, [rows[i] for i in batch], max_new_tokens, stop_at_line), strict=True):
+        for i, tokens in zip(
+            batch,
+            _continue(model, [rows[i] for i in batch], max_new_tokens, stop_at_line),
+            strict=True,
+        ):
             result[i] = _ended(model, tokens, max_new_tokens, stop_at_line)
         done += len(batch)
         progress(done / len(rows))
     return result
 
 
-def _continue(model: Model, rows: list[list[int]], limit: int, stop_at_line: bool) -> list[list[int]]:
+def _continue(
+    model: Model, rows: list[list[int]], limit: int, stop_at_line: bool
+) -> list[list[int]]:
     from transformers import GenerationConfig, StoppingCriteriaList
 
     batch = pad(model, rows, side="left")
@@ -297,7 +305,7 @@ class _LineEnd:
     def __init__(self, model: Model) -> None:
         self.breaks = line_breaks(model).to(model.device)
 
-    def __call__(self, ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, ids: Tensor, _scores: Tensor, **_: Any) -> Tensor:
         return torch.isin(ids[:, -1], self.breaks)
 
 
@@ -307,7 +315,9 @@ def line_breaks(model: Model) -> Tensor:
     return torch.tensor([i for i, text in enumerate(texts) if "\n" in text], dtype=torch.long)
 
 
-def _ended(model: Model, tokens: list[int], limit: int, stop_at_line: bool) -> tuple[str, list[int], bool]:
+def _ended(
+    model: Model, tokens: list[int], limit: int, stop_at_line: bool
+) -> tuple[str, list[int], bool]:
     """Cut what follows the end of one row."""
     tokenizer = model.tokenizer
     stopped = len(tokens) < limit

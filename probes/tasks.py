@@ -155,13 +155,15 @@ def twin(name: str) -> tuple[Task, Task]:
 
 
 def _twin_item(id: str, prompt: str, pair: _Pair, pool: list[str], rng: random.Random) -> Item:
-    wrong = pair.wrong or tuple(
-        rng.sample([a for a in pool if a != pair.answer], CHOICES - 1)
-    )
+    wrong = pair.wrong or tuple(rng.sample([a for a in pool if a != pair.answer], CHOICES - 1))
     choices = [pair.answer, *wrong]
     rng.shuffle(choices)
     return Item(
-        id, prompt, tuple(f" {c}" for c in choices), choices.index(pair.answer), (pair.answer, *pair.also)
+        id,
+        prompt,
+        tuple(f" {c}" for c in choices),
+        choices.index(pair.answer),
+        (pair.answer, *pair.also),
     )
 
 
@@ -187,7 +189,9 @@ def load_tasks(names: Sequence[str], data: Path | None = None) -> list[Task]:
 
 
 def _unknown(name: str, data: Path | None) -> str:
-    files = sorted(p.stem for p in data.glob("*.jsonl")) if data is not None and data.is_dir() else []
+    files = (
+        sorted(p.stem for p in data.glob("*.jsonl")) if data is not None and data.is_dir() else []
+    )
     near = get_close_matches(name, [*TWINS, *files], n=3, cutoff=0.4)
     return (
         f"unknown task {name!r}"
@@ -228,7 +232,9 @@ def _rows(file: Path) -> Iterable[tuple[int, dict[str, Any]]]:
             except ValueError as error:
                 raise TaskError(f"{file}:{number}: not valid JSON ({error})") from error
             if not isinstance(row, dict):
-                raise TaskError(f"{file}:{number}: a JSON object is needed, not {type(row).__name__}")
+                raise TaskError(
+                    f"{file}:{number}: a JSON object is needed, not {type(row).__name__}"
+                )
             yield number, row
 
 
@@ -259,7 +265,11 @@ def _asked(row: dict[str, Any], where: str) -> str:
 
 def _choice_item(row: dict[str, Any], where: str, id: str) -> Item:
     choices, answer = row["choices"], row.get("answer")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
+    if (
+        not isinstance(choices, list)
+        or len(choices) < 2
+        or not all(isinstance(c, str) for c in choices)
+    ):
         raise TaskError(f"{where}: field 'choices' must be a list of at least two texts")
     if not isinstance(answer, int) or not 0 <= answer < len(choices):
         raise TaskError(
@@ -268,7 +278,11 @@ def _choice_item(row: dict[str, Any], where: str, id: str) -> Item:
     if len(set(choices)) < len(choices):
         raise TaskError(f"{where}: field 'choices' holds the same text twice")
     return Item(
-        str(row.get("id", id)), _asked(row, where), tuple(f" {c}" for c in choices), answer, (choices[answer],)
+        str(row.get("id", id)),
+        _asked(row, where),
+        tuple(f" {c}" for c in choices),
+        answer,
+        (choices[answer],),
     )
 
 
@@ -283,7 +297,11 @@ def _generation_item(row: dict[str, Any], where: str, id: str) -> Item:
     answer, aliases = _text(row, "answer", where), row.get("aliases", [])
     if not isinstance(aliases, list) or not all(isinstance(a, str) for a in aliases):
         raise TaskError(f"{where}: field 'aliases' must be a list of texts")
-    return Item(str(row.get("id", id)), _asked(row, where), accepted=tuple(dict.fromkeys([answer, *aliases])))
+    return Item(
+        str(row.get("id", id)),
+        _asked(row, where),
+        accepted=tuple(dict.fromkeys([answer, *aliases])),
+    )
 
 
 _KINDS: dict[str, tuple[Callable[[dict[str, Any], str, str], Item], Format]] = {

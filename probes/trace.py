@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from nnsight import NNsight
+from nnsight.intervention.interleaver import OutOfOrderError
 from torch import Tensor, nn
 
 from .anatomy import Anatomy, AnatomyError, Sublayer, contribution, first
@@ -51,7 +52,7 @@ def roles(module: nn.Module, anatomy: Anatomy, batch: Batch) -> dict[str, Tensor
     stream), `embed`, `final_norm.input`, `final_norm.output`, `logits`.
     """
     model = wrap(module)
-    found: dict[str, Tensor] = {}
+    found: Any = {}
     attn, mlp = _added(anatomy, "attn"), _added(anatomy, "mlp")
     with torch.no_grad(), model.trace(**batch, use_cache=False):
         found.save()
@@ -77,7 +78,13 @@ def verify(module: nn.Module, anatomy: Anatomy, softcap: float | None) -> None:
     _check_paths(module, anatomy)
     device = next(module.parameters()).device
     ids = torch.arange(1, 6, device=device)[None]
-    seen = roles(module, anatomy, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    try:
+        seen = roles(module, anatomy, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    except OutOfOrderError as error:
+        raise AnatomyError(
+            f"the table of anatomies does not describe this model: {error} (roles must be reached in "
+            "the order input, attention, MLP, output); mend its row in probes/anatomy.py"
+        ) from error
     for i in range(len(anatomy.blocks(module))):
         stream = seen[f"layer.{i}.input"]
         added = stream + seen[f"layer.{i}.attn"] + seen[f"layer.{i}.mlp"].view_as(stream)
@@ -114,14 +121,14 @@ def lockstep(
     model = wrap(dense)
     others = anatomy.blocks(candidate)
     attn, mlp = _added(anatomy, "attn"), _added(anatomy, "mlp")
+    own = _entry(candidate, anatomy, batch)
+    ends: Any = {}
     with torch.no_grad(), model.trace(**batch, use_cache=False) as tracer:
-        ends = {}.save()
-        own = None
+        ends.save()
         for i, (block, other) in enumerate(zip(model.get(anatomy.layers), others, strict=True)):
             x = block.input
             args, kwargs = block.get(anatomy.attn.body[0]).inputs
             a = first(block.get(attn).output)
-            own = x if own is None else own
             pair = _Pair(anatomy, other, args, kwargs)
             own_a = pair.attn(own)
             mid, own_mid = x + a, own + own_a
@@ -138,6 +145,15 @@ def lockstep(
     return ends["dense"], ends["candidate"]
 
 
+def _entry(module: nn.Module, anatomy: Anatomy, batch: Batch) -> Tensor:
+    """What a model's first layer reads, `(prompt, token, d_model)`: its own embeddings."""
+    model = wrap(module)
+    with torch.no_grad(), model.trace(**batch, use_cache=False) as tracer:
+        states = model.get(anatomy.layers)[0].input.save()
+        tracer.stop()
+    return states
+
+
 def sublayer_cosines(
     module: nn.Module, anatomy: Anatomy, batch: Batch, mask: Tensor
 ) -> dict[str, list[float]]:
@@ -152,15 +168,18 @@ def sublayer_cosines(
         cosine = torch.cosine_similarity(x[mask].double(), y[mask].double(), dim=-1)
         return float(cosine.sum())
 
+    sums: Any = {"attn": [], "mlp": [], "block": []}
     with torch.no_grad(), model.trace(**batch, use_cache=False) as tracer:
-        sums = {"attn": [], "mlp": [], "block": []}.save()
+        sums.save()
         for block in model.get(anatomy.layers):
             x = block.input
             mid = x + first(block.get(attn).output)
             m = first(block.get(mlp).output).view_as(x)
             out = first(block.output)
             sums["attn"].append(total(x, mid))
-            sums["mlp"].append(total(x if anatomy.parallel else mid, (x if anatomy.parallel else mid) + m))
+            sums["mlp"].append(
+                total(x if anatomy.parallel else mid, (x if anatomy.parallel else mid) + m)
+            )
             sums["block"].append(total(x, out))
         tracer.stop()
     return sums
@@ -218,5 +237,3 @@ def _expect(role: str, computed: Tensor, seen: Tensor) -> None:
             f"the table of anatomies does not describe this model: {role} is off by {worst:.2g} of "
             "its scale in the forward pass; mend its row in probes/anatomy.py"
         )
-
-

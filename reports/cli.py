@@ -23,20 +23,43 @@ app = typer.Typer(
 
 EPILOG = "Exit status: 0 done, 2 unusable arguments or input, 1 failure, 130 interrupted."
 
-ModelArg = Annotated[str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2 (the default).")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder for the results; the same command resumes there.")]
-TasksOption = Annotated[str, typer.Option("--tasks", help="Tasks, comma-separated (default: all twins; see `list tasks`).")]
-DataOption = Annotated[Path | None, typer.Option("--data", help="Folder with NAME.jsonl task files.")]
-PromptsOption = Annotated[Path | None, typer.Option("--prompts", help="Text file, one prompt a line, to measure shifts on.")]
-LimitOption = Annotated[int | None, typer.Option("--limit", help="Items per task, drawn with the seed (default: all).")]
+ModelArg = Annotated[
+    str, typer.Argument(help="Hub id, folder, .gguf file, or smollm2 (the default).")
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Folder for the results; the same command resumes there.")
+]
+TasksOption = Annotated[
+    str,
+    typer.Option("--tasks", help="Tasks, comma-separated (default: all twins; see `list tasks`)."),
+]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Folder with NAME.jsonl task files.")
+]
+PromptsOption = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="Text file, one prompt a line, to measure shifts on."),
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", help="Items per task, drawn with the seed (default: all).")
+]
 StepsOption = Annotated[int, typer.Option("--steps", help="Tokens of the sample continuations.")]
-TemperatureOption = Annotated[float, typer.Option("--temperature", help="Softmax temperature T of the figures.")]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", help="Softmax temperature T of the figures.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of whatever is drawn.")]
-LensOption = Annotated[str, typer.Option("--lens", help="Readout of inner layers: norm (final norm) or raw.")]
+LensOption = Annotated[
+    str, typer.Option("--lens", help="Readout of inner layers: norm (final norm) or raw.")
+]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="Torch device, as cpu or cuda:0.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-RecipeOption = Annotated[list[str], typer.Option("--recipe", "-r", help="What to do, as mlp-drop@3; repeat for more cells.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+RecipeOption = Annotated[
+    list[str],
+    typer.Option("--recipe", "-r", help="What to do, as mlp-drop@3; repeat for more cells."),
+]
 
 
 @app.command(epilog=EPILOG)
@@ -68,7 +91,9 @@ def diagnose(
 @app.command(epilog=EPILOG)
 def compare(
     out: OutOption,
-    dense: Annotated[str, typer.Argument(help="The dense model: hub id, folder, .gguf file or smollm2.")],
+    dense: Annotated[
+        str, typer.Argument(help="The dense model: hub id, folder, .gguf file or smollm2.")
+    ],
     candidate: Annotated[list[str], typer.Argument(help="Compressed forms of it, each a cell.")],
     tasks: TasksOption = "",
     data: DataOption = None,
@@ -94,7 +119,9 @@ def compare(
 @app.command(epilog=EPILOG)
 def compress(
     out: Annotated[Path, typer.Option("--out", help="New folder for the candidate.")],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="What to do, as attn-drop@4+rtn@int4-g64.")],
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", help="What to do, as attn-drop@4+rtn@int4-g64.")
+    ],
     model: ModelArg = "smollm2",
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
@@ -112,7 +139,13 @@ def compress(
     check_target(out)
     with Progress() as progress:
         with progress.task(f"loading {model}"):
-            dense = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code, say=progress.say)
+            dense = load(
+                model,
+                dtype=dtype,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                say=progress.say,
+            )
         check(dense, what)
         with progress.task(f"{what}") as tick:
             candidate = carry_out(dense, what, progress=tick)
@@ -134,20 +167,28 @@ def report(
     for place in folder:
         for name, cell in cells(place).items():
             found[name if name not in found else f"{name} ({place.name})"] = cell
-    print(render(found, out))  # noqa: T201
+    print(render(found, out))
 
 
 @app.command("list", epilog=EPILOG)
 def list_(
-    what: Annotated[str, typer.Argument(help="recipes, tasks or metrics; all of them without.")] = "",
+    what: Annotated[
+        str, typer.Argument(help="recipes, tasks or metrics; all of them without.")
+    ] = "",
 ) -> None:
     """List what there is, with one line each."""
     from ..probes.tasks import TWINS
 
     tables = {
         "recipes": [(m.example, m.describe) for m in METHODS.values()],
-        "tasks": [(n, f"{t.describe}, asked as choice and as generation") for n, t in TWINS.items()],
-        "metrics": [(n, f"{v.long_name} [{v.units or 'text'}]") for g in SCHEMA.values() for n, v in g.items()],
+        "tasks": [
+            (n, f"{t.describe}, asked as choice and as generation") for n, t in TWINS.items()
+        ],
+        "metrics": [
+            (n, f"{v.long_name} [{v.units or 'text'}]")
+            for g in SCHEMA.values()
+            for n, v in g.items()
+        ],
     }
     if what and what not in tables:
         raise typer.BadParameter(f"{what!r} is not one of {', '.join(tables)}")
@@ -165,7 +206,7 @@ def main_options(
 ) -> None:
     """Explains why a compressed language model fails: what broke, where, and how sure that is."""
     if show:
-        print(version("prunescope"))  # noqa: T201
+        print(version("prunescope"))
         raise typer.Exit
 
 
@@ -177,18 +218,24 @@ def _study(options: dict[str, Any], out: Path) -> None:
     from .render import render
     from .study import Request, cells, plan, run
 
-    paths = {k: str(v) if v is not None else None for k, v in options.items() if k in ("data", "prompts")}
-    request = Request(**{**options, **paths})
+    paths: dict[str, Any] = {
+        name: str(value) if value is not None else None
+        for name, value in options.items()
+        if name in ("data", "prompts")
+    }
+    request = Request(**(options | paths))
     plan(request, out)  # everything that can be wrong is found before the first model loads
     with Progress() as progress:
         try:
             run(request, out, progress)
         except KeyboardInterrupt:
-            progress.say(f"\ninterrupted; finished cells are kept in {out}, the same command goes on from there")
+            progress.say(
+                f"\ninterrupted; finished cells are kept in {out}, the same command goes on from there"
+            )
             raise
         with progress.task("report"):
             file = render(cells(out), out / "report.html")
-    print(file)  # noqa: T201
+    print(file)
 
 
 def _usage_errors() -> tuple[type[Exception], ...]:
@@ -199,7 +246,16 @@ def _usage_errors() -> tuple[type[Exception], ...]:
     from ..probes.tasks import TaskError
     from .study import StudyError
 
-    return (AnatomyError, LoadError, MeasureError, RecipeError, SaveError, SchemaError, StudyError, TaskError)
+    return (
+        AnatomyError,
+        LoadError,
+        MeasureError,
+        RecipeError,
+        SaveError,
+        SchemaError,
+        StudyError,
+        TaskError,
+    )
 
 
 def main() -> None:
@@ -211,9 +267,12 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         if isinstance(error, _usage_errors()):
-            print(f"prunescope: {error}", file=sys.stderr)  # noqa: T201
+            print(f"prunescope: {error}", file=sys.stderr)
             sys.exit(2)
         if os.environ.get("PRUNESCOPE_DEBUG"):
             raise
-        print(f"prunescope: {type(error).__name__}: {error}\n(PRUNESCOPE_DEBUG=1 shows where)", file=sys.stderr)  # noqa: T201
+        print(
+            f"prunescope: {type(error).__name__}: {error}\n(PRUNESCOPE_DEBUG=1 shows where)",
+            file=sys.stderr,
+        )
         sys.exit(1)

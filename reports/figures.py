@@ -11,14 +11,16 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import xarray as xr
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from ..analysis import collapse, hierarchy, theory
 
 COLOURS = {"h": "#4477aa", "z": "#228833", "p": "#cc3311", "kl": "#882255"}
 FORMATS = {"choice": "#4477aa", "generation": "#cc6600"}
 SPACE_NAMES = {"h": "hidden state h", "z": "logits z", "p": "probabilities p"}
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "axes.axisbelow": True,
     "figure.facecolor": "white", "svg.fonttype": "path", "svg.hashsalt": "prunescope",
@@ -43,8 +45,7 @@ class Picture:
 def draw(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     """Every figure that the cells have data for."""
     with mpl.rc_context(STYLE):
-        made = [picture for make in FIGURES for picture in make(cells)]
-    return made
+        return [picture for make in FIGURES for picture in make(cells)]
 
 
 def _finish(name: str, figure: Figure, caption: str, alternative: str) -> Picture:
@@ -75,10 +76,14 @@ def retention(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     axes[0].set_ylim(len(tasks) - 0.5, -0.5)
     axes[0].set_xlim(-0.35, 1.45)
     figure.supxlabel("retention of the score above chance", fontsize=9)
-    handles = [mpl.lines.Line2D([], [], color=c, marker="o", lw=1.5, label=f) for f, c in FORMATS.items()]
-    figure.legend(handles=handles, loc="upper right", ncols=2, frameon=False, bbox_to_anchor=(1, 1.06))
+    handles = [Line2D([], [], color=c, marker="o", lw=1.5, label=f) for f, c in FORMATS.items()]
+    figure.legend(
+        handles=handles, loc="upper right", ncols=2, frameon=False, bbox_to_anchor=(1, 1.06)
+    )
     figure.tight_layout()
-    told = "; ".join(f"{name}: " + ", ".join(_told(r) for r in found) for name, found in rows.items())
+    told = "; ".join(
+        f"{name}: " + ", ".join(_told(r) for r in found) for name, found in rows.items()
+    )
     caption = (
         "Retention of each task's score above chance, with 95 % paired bootstrap intervals. Dashed: the "
         "limits of “intact” (0.95) and “collapsed” (0.10). Hollow: the dense model is not above chance. "
@@ -182,7 +187,9 @@ def theorems(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
         "second-order estimates of 1 − cos(p, p′) and of KL(p‖p′) against the exact values. Solid: equality; "
         "dashed: a factor of 2. Percentages: positions within a factor of 2."
     )
-    return [_finish("theory", figure, caption, "Two-dimensional histograms. " + "; ".join(told) + ".")]
+    return [
+        _finish("theory", figure, caption, "Two-dimensional histograms. " + "; ".join(told) + ".")
+    ]
 
 
 def _theory_pairs(cell: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -194,15 +201,20 @@ def _theory_pairs(cell: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]]
             parts.append(theory.pairs(data, float(data.attrs.get("temperature", 1.0))))
     if not parts:
         return {}
-    joined = {k: (np.concatenate([p[k][0] for p in parts]), np.concatenate([p[k][1] for p in parts])) for k in ("2", "3")}
+    joined = {
+        k: (np.concatenate([p[k][0] for p in parts]), np.concatenate([p[k][1] for p in parts]))
+        for k in ("2", "3")
+    }
     return joined if all(len(pair[0]) >= 8 for pair in joined.values()) else {}
 
 
-def _theory_panel(axis: Any, name: str, theorem: str, exact: np.ndarray, estimate: np.ndarray) -> list[str]:
+def _theory_panel(
+    axis: Any, name: str, theorem: str, exact: np.ndarray, estimate: np.ndarray
+) -> list[str]:
     low = max(1e-7, float(np.quantile(exact, 0.002)))
     high = float(max(exact.max(), np.quantile(estimate, 0.998)))
     bins = np.geomspace(low, high, 46).tolist()
-    axis.hist2d(exact, estimate, bins=[bins, bins], cmap="Blues", norm=mpl.colors.LogNorm(), rasterized=True)
+    axis.hist2d(exact, estimate, bins=[bins, bins], cmap="Blues", norm=LogNorm(), rasterized=True)
     axis.set_xscale("log")
     axis.set_yscale("log")
     line = np.array([low, high])
@@ -212,8 +224,12 @@ def _theory_panel(axis: Any, name: str, theorem: str, exact: np.ndarray, estimat
     result = theory.fit(theorem, exact, estimate)
     if result is None:
         return []
-    axis.text(0.04, 0.96, f"{100 * result.within:.0f} %", transform=axis.transAxes, va="top", fontsize=9)
-    return [f"{name}, Theorem {theorem}: {100 * result.within:.0f} % of positions within a factor of 2"]
+    axis.text(
+        0.04, 0.96, f"{100 * result.within:.0f} %", transform=axis.transAxes, va="top", fontsize=9
+    )
+    return [
+        f"{name}, Theorem {theorem}: {100 * result.within:.0f} % of positions within a factor of 2"
+    ]
 
 
 def safe(name: str) -> str:
@@ -221,5 +237,9 @@ def safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
 
 
-FIGURES: tuple[Callable[[Mapping[str, xr.DataTree]], list[Picture]], ...] = (retention, layers, theorems)
+FIGURES: tuple[Callable[[Mapping[str, xr.DataTree]], list[Picture]], ...] = (
+    retention,
+    layers,
+    theorems,
+)
 """Every figure. A new one is a function from cells to pictures, and a row here."""

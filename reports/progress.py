@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 
 
@@ -28,7 +34,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bars.stop()
 
@@ -37,7 +46,7 @@ class Progress:
         self.console.print(line, highlight=False, markup=False)
 
     @contextmanager
-    def task(self, name: str) -> Iterator[Callable[[float], None]]:
+    def task(self, name: str) -> Generator[Callable[[float], None]]:
         """A piece of work; yields a function that takes the share that is done, 0 to 1."""
         bar, start = self._bars.add_task(name, total=1.0), time.perf_counter()
 

@@ -35,7 +35,10 @@ class Section:
 
 
 def render(
-    cells: Mapping[str, xr.DataTree], target: Path | str, *, findings: Sequence[Finding] | None = None
+    cells: Mapping[str, xr.DataTree],
+    target: Path | str,
+    *,
+    findings: Sequence[Finding] | None = None,
 ) -> Path:
     """Write `target` (HTML), `summary.json` and `figures/` beside it.
 
@@ -49,7 +52,9 @@ def render(
     target.parent.mkdir(parents=True, exist_ok=True)
     pictures = figures.draw(cells)
     _write_figures(pictures, target.parent / "figures")
-    _write(target.parent / "summary.json", json.dumps(summary(cells, found), indent=1, allow_nan=False))
+    _write(
+        target.parent / "summary.json", json.dumps(summary(cells, found), indent=1, allow_nan=False)
+    )
     _write(target, page(cells, found, pictures))
     return target
 
@@ -59,7 +64,9 @@ def page(
 ) -> str:
     """The whole page as text. Everything that a model wrote is escaped by the template."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = _number
     sections = [_section(name, cell, found, pictures) for name, cell in cells.items()]
@@ -96,7 +103,9 @@ def _cell_summary(cell: xr.DataTree) -> dict[str, Any]:
             str(n): float(hierarchy.prompt_means(v).mean())
             for n, v in output.data_vars.items() if "space" not in v.dims
         }  # fmt: skip
-        result["theory"] = [f.__dict__ for f in theory.fits(output, float(output.attrs["temperature"]))]
+        result["theory"] = [
+            f.__dict__ for f in theory.fits(output, float(output.attrs["temperature"]))
+        ]
     if "cost" in cell.children:
         cost = cell["cost"].to_dataset()
         result["cost"] = {
@@ -127,7 +136,11 @@ def _section(
     return Section(
         name,
         [f for f in mine if f.level == "verdict"],
-        [f for f in mine if f.level != "verdict" and f.where.removeprefix(f"{name}, ") not in tasks],
+        [
+            f
+            for f in mine
+            if f.level != "verdict" and f.where.removeprefix(f"{name}, ") not in tasks
+        ],
         collapse.retentions(scores) if scores is not None else [],
         theory.fits(output, float(output.attrs["temperature"])) if output is not None else [],
         _samples(cell),
@@ -155,7 +168,9 @@ def _samples(cell: xr.DataTree) -> list[dict[str, Any]]:
 def _changed(scores: xr.Dataset) -> list[dict[str, Any]]:
     """Generated answers that the dense model had right and the candidate has wrong, tasks in turn."""
     part = scores.isel(item=scores.format.values == "generation")
-    lost = (part.score.sel(model="dense").values == 1) & (part.score.sel(model="candidate").values == 0)
+    lost = (part.score.sel(model="dense").values == 1) & (
+        part.score.sel(model="candidate").values == 0
+    )
     picked: list[int] = []
     for task in dict.fromkeys(part.task.values.tolist()):
         picked += np.flatnonzero(lost & (part.task.values == task))[:1].tolist()
@@ -174,7 +189,9 @@ def _attributes(cell: xr.DataTree) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in cell.attrs.items():
         try:
-            result[str(name)] = json.loads(value) if isinstance(value, str) and value[:1] in "{[" else value
+            result[str(name)] = (
+                json.loads(value) if isinstance(value, str) and value[:1] in "{[" else value
+            )
         except ValueError:
             result[str(name)] = value
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in result.items()}

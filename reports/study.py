@@ -1,8 +1,8 @@
 """Running a study: cells one after the other, each complete or absent, in a folder that resumes.
 
-    DIR/study.json          what was asked; another request for the same folder is refused
-    DIR/dense-answers.json  the dense model's answers, made once
-    DIR/cells/*.nc          one netCDF file per cell
+DIR/study.json          what was asked; another request for the same folder is refused
+DIR/dense-answers.json  the dense model's answers, made once
+DIR/cells/*.nc          one netCDF file per cell
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def plan(request: Request, folder: Path) -> Plan:
 
 def _check_numbers(request: Request) -> None:
     if not request.names():
-        raise StudyError("nothing to compare with: give at least one --recipe, as --recipe mlp-drop@3")
+        raise StudyError(
+            "nothing to compare with: give at least one --recipe, as --recipe mlp-drop@3"
+        )
     for name, value in (("--limit", request.limit), ("--steps", request.steps)):
         if value is not None and value < 1:
             raise StudyError(f"{name} is {value}; it must be at least 1")
@@ -122,7 +124,9 @@ def _check_numbers(request: Request) -> None:
     try:
         torch.empty(0, device=request.device)
     except (RuntimeError, AssertionError) as error:
-        raise StudyError(f"--device {request.device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise StudyError(
+            f"--device {request.device!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _tasks(request: Request) -> list[Task]:
@@ -153,7 +157,10 @@ def _check_folder(request: Request, folder: Path) -> None:
     if file.is_file():
         there = json.loads(file.read_text("utf-8"))
         mine = json.loads(json.dumps(asdict(request)))
-        keys = {k for k in {*there, *mine} if there.get(k) != mine.get(k)} - {"recipes", "candidates"}
+        keys = {k for k in {*there, *mine} if there.get(k) != mine.get(k)} - {
+            "recipes",
+            "candidates",
+        }
         if keys:
             parts = [f"{k} {there.get(k)!r} there, {mine.get(k)!r} asked" for k in sorted(keys)]
             raise StudyError(
@@ -161,7 +168,9 @@ def _check_folder(request: Request, folder: Path) -> None:
                 "for the same to resume it"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StudyError(f"--out {folder} exists and holds something else; name a new or empty folder")
+        raise StudyError(
+            f"--out {folder} exists and holds something else; name a new or empty folder"
+        )
 
 
 # --- running -------------------------------------------------------------------------------------
@@ -209,7 +218,9 @@ def _merged(request: Request, folder: Path) -> dict[str, Any]:
 
 def _dense_answers(what: Plan, dense: Model, progress: Progress) -> list[list[Answer]]:
     file = what.folder / "dense-answers.json"
-    key = provenance.text_hash([json.dumps([asdict(t) for t in what.tasks], sort_keys=True), dense.weights])
+    key = provenance.text_hash(
+        [json.dumps([asdict(t) for t in what.tasks], sort_keys=True), dense.weights]
+    )
     if file.is_file():
         kept = json.loads(file.read_text("utf-8"))
         if kept["key"] == key:
@@ -289,9 +300,15 @@ def _samples(what: Plan, dense: Model, candidate: Model) -> xr.Dataset:
     sides = [generate(m, prompts, what.request.steps) for m in (dense, candidate)]
     first = [_first_difference(a[1], b[1]) for a, b in zip(*sides, strict=True)]
     text = np.array([[t for t, _, _ in side] for side in sides], dtype=object).T
-    variables = {"text": text, "prompt_text": np.array(prompts, dtype=object), "first_divergence": np.array(first)}
+    variables = {
+        "text": text,
+        "prompt_text": np.array(prompts, dtype=object),
+        "first_divergence": np.array(first),
+    }
     coords = {"sample": np.arange(len(prompts)), "model": list(schema.MODELS)}
-    return schema.dataset("samples", variables, coords, {"steps": what.request.steps, "decoding": "greedy"})
+    return schema.dataset(
+        "samples", variables, coords, {"steps": what.request.steps, "decoding": "greedy"}
+    )
 
 
 def _first_difference(a: list[int], b: list[int]) -> int:
@@ -335,12 +352,22 @@ def cells(folder: Path) -> dict[str, xr.DataTree]:
     """
     file = folder / "study.json"
     if not file.is_file():
-        raise StudyError(f"{folder}: no study.json, so this is no folder that `diagnose` or `compare` wrote")
+        raise StudyError(
+            f"{folder}: no study.json, so this is no folder that `diagnose` or `compare` wrote"
+        )
     asked: dict[str, Any] = {}
     with suppress(ValueError):
         asked = json.loads(file.read_text("utf-8"))
     order = [*asked.get("recipes", []), *asked.get("candidates", [])]
-    found = {str(tree.attrs["recipe"]): tree for tree in map(schema.read, sorted(folder.glob("cells/*.nc")))}
+    found = {
+        str(tree.attrs["recipe"]): tree
+        for tree in map(schema.read, sorted(folder.glob("cells/*.nc")))
+    }
     if not found:
-        raise StudyError(f"{folder}: no cell is finished yet; run the command that started it again")
-    return {name: found[name] for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))}
+        raise StudyError(
+            f"{folder}: no cell is finished yet; run the command that started it again"
+        )
+    return {
+        name: found[name]
+        for name in sorted(found, key=lambda n: order.index(n) if n in order else len(order))
+    }

@@ -16,7 +16,13 @@ def angle(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     k = 1 + alpha
     s = (k**2 + orthogonal**2).sqrt()
     angular = torch.where(k > 0, orthogonal**2 / (s * (s + k)), 1 - k / s)
-    return {"cosine": k / s, "angular": angular, "parallel": alpha.abs(), "orthogonal": orthogonal, "alpha": alpha}
+    return {
+        "cosine": k / s,
+        "angular": angular,
+        "parallel": alpha.abs(),
+        "orthogonal": orthogonal,
+        "alpha": alpha,
+    }
 
 
 def variance(d: Tensor, w: Tensor) -> Tensor:
@@ -35,11 +41,17 @@ def figures(dense: Tensor, candidate: Tensor, T: float = 1.0, k: int = 10) -> di
     p, v = logp.exp(), torch.expm1(u)
     q = logq.exp()
     big = u > 500  # where exp(u) leaves float64's comfortable range, p is 0 and q carries the term
+
     def total(on_p, on_q):
         return torch.where(big, on_q, torch.where(p > 0, p * on_p, 0.0)).sum(-1)
+
     v = torch.where(big, 0.0, v)
-    g = torch.where(u.abs() < 1e-2, u**2 / 2 + u**3 / 6 + u**4 / 24 + u**5 / 120 + u**6 / 720, v - u)
-    gr = torch.where(u.abs() < 1e-2, u**2 / 2 + u**3 / 3 + u**4 / 8 + u**5 / 30 + u**6 / 144, u * (1 + v) - v)
+    g = torch.where(
+        u.abs() < 1e-2, u**2 / 2 + u**3 / 6 + u**4 / 24 + u**5 / 120 + u**6 / 720, v - u
+    )
+    gr = torch.where(
+        u.abs() < 1e-2, u**2 / 2 + u**3 / 3 + u**4 / 8 + u**5 / 30 + u**6 / 144, u * (1 + v) - v
+    )
     lc = u.abs() / 2 + torch.log1p(torch.exp(-u.abs())) - torch.log(torch.tensor(2.0, dtype=F64))
     y2 = (u / 2) ** 2
     lc = torch.where(u.abs() < 1e-2, y2 / 2 - y2**2 / 12 + y2**3 / 45, lc)
@@ -61,7 +73,9 @@ def figures(dense: Tensor, candidate: Tensor, T: float = 1.0, k: int = 10) -> di
     az, H = angle(z, y), lambda lp: -torch.where(lp.exp() > 0, lp.exp() * lp, 0.0).sum(-1)
     order = z.sort(dim=-1, descending=True, stable=True)
     order_y = y.sort(dim=-1, descending=True, stable=True)
-    overlap = (order.indices[..., :k, None] == order_y.indices[..., None, :k]).any(-1).to(F64).mean(-1)
+    overlap = (
+        (order.indices[..., :k, None] == order_y.indices[..., None, :k]).any(-1).to(F64).mean(-1)
+    )
     return {
         **{f"{n}_z": az[n] for n in ("cosine", "angular", "parallel", "orthogonal")},
         "cosine_p": (p * q).sum(-1) / (pp * (q * q).sum(-1)).sqrt(),

@@ -1,0 +1,53 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prunescope.probes.recipe import METHODS, Count, Layers, Ratio, Recipe, RecipeError
+
+drops = st.sampled_from(["attn-drop", "mlp-drop", "block-drop"])
+steps = st.one_of(
+    st.builds("{}@{}".format, drops, st.integers(1, 99)),
+    st.builds(lambda m, ls: f"{m}@layers={','.join(map(str, ls))}", drops, st.lists(st.integers(0, 99), min_size=1, max_size=5)),
+    st.builds("magnitude@{}".format, st.floats(0.001, 0.999)),
+    st.builds("rtn@int{}".format, st.integers(2, 8)),
+    st.builds("rtn@int{}-g{}".format, st.integers(2, 8), st.integers(8, 256)),
+)  # fmt: skip
+
+
+@given(st.lists(steps, min_size=1, max_size=3).map("+".join))
+def test_a_recipe_prints_and_parses_back(text):
+    recipe = Recipe.parse(text)
+    assert Recipe.parse(str(recipe)) == recipe
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_has_an_example_that_parses(method):
+    recipe = Recipe.parse(METHODS[method].example)
+    assert recipe.steps[0].method == method
+    assert str(recipe) == METHODS[method].example
+
+
+def test_amounts_are_values():
+    assert Recipe.parse("attn-drop@8").steps[0].amount == Count(8)
+    assert Recipe.parse("attn-drop@layers=7,3,3").steps[0].amount == Layers((3, 7))
+    assert Recipe.parse("magnitude@0.50").steps[0].amount == Ratio(0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("atn-drop@8", "unknown method 'atn-drop'; did you mean 'attn-drop@5'"),
+        ("magnitud@0.5", "did you mean 'magnitude@0.5'"),
+        ("attn-drop", "needs an amount"),
+        ("attn-drop@0", "number of sublayers from 1"),
+        ("attn-drop@-3", "number of sublayers from 1"),
+        ("magnitude@1.0", "between 0 and 1"),
+        ("magnitude@half", "between 0 and 1"),
+        ("rtn@int1", "int2 to int8"),
+        ("rtn@int4-g2", "int2 to int8"),
+        ("", "unknown method ''"),
+        ("attn-drop@2+", "unknown method ''"),
+    ],
+)
+def test_typos_are_named_with_what_is_allowed(text, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe.parse(text)
