@@ -220,25 +220,17 @@ def _layers(name: str, cell: xr.DataTree) -> list[Finding]:
     shifts = _group(cell, "shifts")
     if shifts is None:
         return []
-    kl = shifts.kl.sel(effect="propagated")
-    layer, site, rise = hierarchy.steepest(kl)
-    if not rise > 0:
+    rise = hierarchy.steepest(shifts.kl.sel(effect="propagated"))
+    if not rise.size.value > 0:
         return []
-    means = hierarchy.prompt_means(kl).transpose("prompt", "layer", "site").values
-    flat = means.reshape(len(means), -1)
-    place = 2 * layer + ("attn", "mlp").index(site)
-    change = flat[:, place] - (flat[:, place - 1] if place else 0.0)
-    estimate = bootstrap(lambda pick: change[pick].mean(-1), len(change))
-    sublayer = {"attn": "attention", "mlp": "MLP"}[site]
+    sublayer = {"attn": "attention", "mlp": "MLP"}[rise.site]
     claim = (
-        f"Read through the final norm, the shift of {name} grows most at the {sublayer} of layer {layer}: "
-        f"mean KL rises there by {estimate.value:.3g} nat ({estimate.low:.3g} to {estimate.high:.3g})."
+        f"Read through the final norm, the shift of {name} grows most at the {sublayer} of layer "
+        f"{rise.layer}: mean KL rises there by {rise.size.value:.3g} nat ({rise.size.low:.3g} to "
+        f"{rise.size.high:.3g}); {100 * rise.share:.0f} % of the resamples of prompts name the same place."
     )
-    return [
-        _found(
-            claim, estimate, len(change), f"{name}, layer {layer} {site}", "/shifts/kl, propagated"
-        )
-    ]
+    where = f"{name}, layer {rise.layer} {rise.site}"
+    return [_found(claim, rise.size, rise.prompts, where, "/shifts/kl, propagated", share=rise.share)]
 
 
 def _theory(name: str, cell: xr.DataTree) -> list[Finding]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from .statistics import Interval, bootstrap
+from .statistics import Interval, bootstrap, resamples
 
 STEPS = (("h", "z"), ("z", "p"))
 
@@ -54,7 +54,7 @@ def by_layer(values: xr.DataArray) -> xr.Dataset:
     """
     means = prompt_means(values).transpose("prompt", ...)
     rest = means.values.reshape(means.sizes["prompt"], -1)
-    picks = np.random.default_rng(0).integers(0, len(rest), (500, len(rest)))
+    picks = resamples(np.zeros(len(rest), np.int64), draws=500)
     draws = rest[picks].mean(1)
     low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
     like = means.isel(prompt=0, drop=True)
@@ -62,13 +62,31 @@ def by_layer(values: xr.DataArray) -> xr.Dataset:
     return xr.Dataset({n: like.copy(data=v.reshape(like.shape)) for n, v in parts.items()})
 
 
-def steepest(kl: xr.DataArray) -> tuple[int, str, float]:
-    """Layer, site and size of the largest rise of mean propagated KL from one site to the next.
+@dataclass(frozen=True)
+class Rise:
+    """The sublayer at which a mean grows most, and the share of resamples that name the same one."""
 
-    `kl` has dims `prompt, token, layer, site`.
+    layer: int
+    site: str
+    size: Interval
+    share: float
+    prompts: int
+
+
+def steepest(kl: xr.DataArray) -> Rise:
+    """Where mean KL rises most from one site to the next, over `prompt, token, layer, site`.
+
+    The place is chosen by the data, so its interval is that of the chosen place; `share` says how
+    far the choice itself can be trusted.
     """
-    curve = prompt_means(kl).mean("prompt").transpose("layer", "site").values.ravel()
-    rises = np.diff(curve, prepend=0.0)
-    place = int(np.nanargmax(rises))
-    sites = kl.site.values.tolist()
-    return place // len(sites), str(sites[place % len(sites)]), float(rises[place])
+    means = prompt_means(kl).transpose("prompt", "layer", "site")
+    curves = means.values.reshape(means.sizes["prompt"], -1)
+    rises = np.diff(curves, axis=1, prepend=0.0)
+    place = int(rises.mean(0).argmax())
+    size = bootstrap(lambda pick: rises[pick, place].mean(-1), len(rises))
+    picks = resamples(np.zeros(len(rises), np.int64))
+    named = np.array([rises[pick].mean(0).argmax() for pick in picks])
+    sites = means.site.values.tolist()
+    return Rise(
+        place // len(sites), str(sites[place % len(sites)]), size, float((named == place).mean()), len(rises)
+    )

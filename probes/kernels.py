@@ -28,7 +28,7 @@ from ..analysis import formulas
 
 TOP_K = 10
 ROW_BLOCK_ELEMENTS = 16_000_000  # one block of logits of one model: 64 MB in float32
-CACHE_ELEMENTS = 160_000  # elements reduced at a time, so that temporaries stay in cache
+CACHE_ELEMENTS = 320_000  # elements reduced at a time, so that temporaries stay in cache
 GROUP = 64  # tokens whose maximum stands for them while the top k are searched
 CORRECTIONS = 4  # at most so many corrections of c; one is rarely needed
 TOLERANCE = 1e-5  # of c, against the scale of u
@@ -93,6 +93,7 @@ def _same_storage(x: Tensor | None, y: Tensor | None) -> bool:
     return x is not None and y is not None and x.data_ptr() == y.data_ptr() and x.shape == y.shape
 
 
+@torch.no_grad()
 def compare_logits(
     dense: Tensor,
     candidate: Tensor,
@@ -174,6 +175,7 @@ def compare_states(
     )[0]  # fmt: skip
 
 
+@torch.no_grad()
 def compare_many(
     dense: Tensor,
     candidates: Sequence[Tensor],

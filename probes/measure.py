@@ -102,7 +102,7 @@ def check_pair(dense: Model, candidate: Model, layerwise: bool = True) -> None:
             f"{dense.label} has {dense.vocabulary} tokens, {candidate.label} {candidate.vocabulary}: "
             "logits of different vocabularies are not comparable"
         )
-    if _tokens(dense) != _tokens(candidate):
+    if not _same_tokens(dense, candidate):
         raise MeasureError(
             f"{dense.label} and {candidate.label} have different tokenizers: their token ids mean "
             "different texts. Compare a model with a compressed form of itself"
@@ -125,9 +125,10 @@ def check_pair(dense: Model, candidate: Model, layerwise: bool = True) -> None:
         )
 
 
-def _tokens(model: Model) -> dict[str, int]:
-    """The tokens that the model has a logit for, with their ids."""
-    return {t: i for t, i in model.tokenizer.get_vocab().items() if i < model.vocabulary}
+def _same_tokens(dense: Model, candidate: Model) -> bool:
+    """Whether an id means the same token in both, wherever both know it."""
+    known = {i: t for t, i in dense.tokenizer.get_vocab().items()}
+    return all(known.get(i, t) == t for t, i in candidate.tokenizer.get_vocab().items())
 
 
 def _attention_settings(model: Model) -> dict[str, Any]:

@@ -132,6 +132,8 @@ def _layers(name: str, data: xr.Dataset) -> Picture:
     axes[2].set_title("KL(p‖p′), nat", fontsize=9)
     axes[2].set_xlabel("layer")
     axes[2].set_yscale("log")
+    for axis in axes:
+        axis.set_xlim(-0.5, data.sizes["layer"])
     axes[2].legend(frameon=False, fontsize=7.5)
     axes[1].legend(frameon=False, fontsize=7.5)
     figure.tight_layout()
