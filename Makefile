@@ -21,7 +21,7 @@ test: $(VENV)/.tested  ## ruff, strict types, pytest
 install: $(VENV)/.installed
 
 bench: $(VENV)/.tested  ## measured ratios, side by side in one run (not a timed test)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.kernels
 
 $(VENV)/bin/python:
 	@echo "== creating $(VENV)"

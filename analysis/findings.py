@@ -230,7 +230,9 @@ def _layers(name: str, cell: xr.DataTree) -> list[Finding]:
         f"{rise.size.high:.3g}); {100 * rise.share:.0f} % of the resamples of prompts name the same place."
     )
     where = f"{name}, layer {rise.layer} {rise.site}"
-    return [_found(claim, rise.size, rise.prompts, where, "/shifts/kl, propagated", share=rise.share)]
+    return [
+        _found(claim, rise.size, rise.prompts, where, "/shifts/kl, propagated", share=rise.share)
+    ]
 
 
 def _theory(name: str, cell: xr.DataTree) -> list[Finding]:

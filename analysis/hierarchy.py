@@ -88,5 +88,9 @@ def steepest(kl: xr.DataArray) -> Rise:
     named = np.array([rises[pick].mean(0).argmax() for pick in picks])
     sites = means.site.values.tolist()
     return Rise(
-        place // len(sites), str(sites[place % len(sites)]), size, float((named == place).mean()), len(rises)
+        place // len(sites),
+        str(sites[place % len(sites)]),
+        size,
+        float((named == place).mean()),
+        len(rises),
     )

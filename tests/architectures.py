@@ -56,7 +56,9 @@ def tokenizer():
         vocab_size=384, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    bpe.train_from_iterator([SAMPLE, "What is the capital of France? Answer: Paris.\n"] * 20, trainer)
+    bpe.train_from_iterator(
+        [SAMPLE, "What is the capital of France? Answer: Paris.\n"] * 20, trainer
+    )
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )

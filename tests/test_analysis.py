@@ -63,7 +63,13 @@ def make_scores(dense, candidate, chance=0.0, format="generation", task="t", twi
         "prompt_text": ("item", ["<b>prompt</b>"] * n), "accepted": ("item", ["x"] * n),
     }  # fmt: skip
     text = np.array([["<script>alert(1)</script>", "fine & well"]] * n, dtype=object)
-    values = {"score": both, "no_answer": zeros, "no_stop": zeros, "repetition": zeros, "text": text}
+    values = {
+        "score": both,
+        "no_answer": zeros,
+        "no_stop": zeros,
+        "repetition": zeros,
+        "text": text,
+    }
     return schema.dataset("scores", values, coords)
 
 
@@ -92,7 +98,10 @@ def test_verdicts(dense, candidate, chance, expected):
         s, s2, c = dense.mean(), candidate.mean(), chance
         assert row.retention.value == pytest.approx((s2 - c) / (s - c))
         assert row.retention.low <= row.retention.value <= row.retention.high
-    assert (row.lost, row.gained) == (int(((dense == 1) & (candidate == 0)).sum()), int(((dense == 0) & (candidate == 1)).sum()))
+    assert (row.lost, row.gained) == (
+        int(((dense == 1) & (candidate == 0)).sum()),
+        int(((dense == 0) & (candidate == 1)).sum()),
+    )
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
@@ -138,7 +147,9 @@ def test_amplification_recovers_planted_factors():
     found = hierarchy.amplification(make_angular([1.0, 0.25, 12.0]))
     assert [(a.source, a.target) for a in found] == [("h", "z"), ("z", "p")]
     assert [a.factor.value for a in found] == pytest.approx([0.25, 12.0])
-    assert all(a.factor.low == pytest.approx(a.factor.high) for a in found), "the same in every prompt"
+    assert all(a.factor.low == pytest.approx(a.factor.high) for a in found), (
+        "the same in every prompt"
+    )
 
 
 def test_the_steepest_rise_is_found():
@@ -146,7 +157,9 @@ def test_the_steepest_rise_is_found():
     kl[:, :, 3:] += 0.5
     kl[:, :, 3, 0] -= 0.4  # attention of layer 3: 0.1; its MLP: 0.5
     kl += np.random.default_rng(0).normal(0, 0.01, kl.shape)
-    data = xr.DataArray(kl, dims=("prompt", "token", "layer", "site"), coords={"site": ["attn", "mlp"]})
+    data = xr.DataArray(
+        kl, dims=("prompt", "token", "layer", "site"), coords={"site": ["attn", "mlp"]}
+    )
     found = hierarchy.steepest(data)
     assert (found.layer, found.site) == (3, "mlp")
     assert found.size.value == pytest.approx(0.4, abs=0.02)
@@ -157,7 +170,9 @@ def test_a_fit_sees_a_power_law_and_a_factor():
     x = np.geomspace(1e-6, 1, 200)
     exact = theory.fit("3", x, x)
     assert exact is not None
-    assert (exact.slope, exact.r2, exact.spearman, exact.within, exact.error) == pytest.approx((1, 1, 1, 1, 0))
+    assert (exact.slope, exact.r2, exact.spearman, exact.within, exact.error) == pytest.approx(
+        (1, 1, 1, 1, 0)
+    )
     thrice = theory.fit("3", x, 3 * x)
     assert thrice is not None
     assert (thrice.slope, thrice.within, thrice.error) == pytest.approx((1, 0, 2))
@@ -177,7 +192,10 @@ def make_cell(name="mlp-drop@3", layers=4, prompts=6, tokens=5, kl_scale=1.0):
     other = h + kl_scale * 0.3 * torch.randn(prompts, tokens, layers, 2, 2, 16)
     h = h.expand_as(other)
     weight = torch.randn(90, 16)
-    truth, angles = reference.figures(h @ weight.T, other @ weight.T), reference.angle(h.double(), other.double())
+    truth, angles = (
+        reference.figures(h @ weight.T, other @ weight.T),
+        reference.angle(h.double(), other.double()),
+    )
     plain = {n: truth[n].numpy().astype(np.float32) for n in schema.SCHEMA["shifts"] if n in truth}
     spaced = {
         n: torch.stack([angles[n], truth[f"{n}_z"], truth[f"{n}_p"]], -1).numpy().astype(np.float32)
@@ -196,7 +214,9 @@ def make_cell(name="mlp-drop@3", layers=4, prompts=6, tokens=5, kl_scale=1.0):
         "shifts": schema.dataset("shifts", plain | spaced, coords | inner, attrs),
         "output": schema.dataset("output", output, coords, attrs),
         "scores": twins(1.0, 0.1),
-        "samples": schema.dataset("samples", samples, {"model": ["dense", "candidate"]}, {"steps": 4}),
+        "samples": schema.dataset(
+            "samples", samples, {"model": ["dense", "candidate"]}, {"steps": 4}
+        ),
         "cost": schema.dataset("cost", cost, {"model": ["dense", "candidate"]}),
     }
     return schema.tree(groups, {"recipe": name, "model": "tiny", "versions": {"numpy": "2"}})
@@ -207,7 +227,10 @@ def test_findings_name_what_was_planted():
     found = diagnose(cell)
     verdict = next(f for f in found if f.level == "verdict")
     assert verdict.claim.startswith("mlp-drop@3 keeps multiple choice (retention 1.00")
-    assert "degrades free generation (0.1" in verdict.claim or "destroys free generation (0.1" in verdict.claim
+    assert (
+        "degrades free generation (0.1" in verdict.claim
+        or "destroys free generation (0.1" in verdict.claim
+    )
     assert verdict.interval is not None
     assert verdict.n == 100
     for f in found:
@@ -237,7 +260,9 @@ def test_a_cell_is_written_whole_and_read_back(tmp_path):
     with xr.open_datatree(tmp_path / "deep" / "cell.nc") as plain:
         assert plain["shifts"].kl.attrs["units"] == "nat"
         assert plain["scores"].to_dataset().to_dataframe().shape[0] == 400
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["cell.nc"], "nothing is left beside it"
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["cell.nc"], (
+        "nothing is left beside it"
+    )
 
 
 def test_the_schema_is_kept():
@@ -278,9 +303,15 @@ def test_formulas_agree_with_their_definitions():
         alpha = (d * x).sum(-1) / (x * x).sum(-1)
         rho = np.linalg.norm(d - alpha[:, None] * x, axis=-1) / np.linalg.norm(x, axis=-1)
         cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
-        np.testing.assert_allclose(formulas.angular_exact(alpha, rho), 1 - cosine, rtol=1e-6, atol=1e-15)
+        np.testing.assert_allclose(
+            formulas.angular_exact(alpha, rho), 1 - cosine, rtol=1e-6, atol=1e-15
+        )
         np.testing.assert_allclose(formulas.angular_paper(rho), rho**2 / 2)
         if size == 1e-2:
-            np.testing.assert_allclose(formulas.angular_corrected(alpha, rho), formulas.angular_exact(alpha, rho), rtol=1e-2)
+            np.testing.assert_allclose(
+                formulas.angular_corrected(alpha, rho),
+                formulas.angular_exact(alpha, rho),
+                rtol=1e-2,
+            )
     assert formulas.kl_estimate(2.0, 2.0) == formulas.angular_p_estimate(2.0, 2.0) == 0.25
     assert formulas.validity(np.array([2.0, 0.0]), np.array([-3.0, 0.0])).tolist() == [0.5, 0.0]

@@ -11,7 +11,16 @@ ALLOWED = {
     "reports": {"reports": None, "probes": None, "analysis": None},
 }
 FOREIGN = {
-    "analysis": {"torch", "transformers", "nnsight", "datasets", "matplotlib", "jinja2", "typer", "rich"},
+    "analysis": {
+        "torch",
+        "transformers",
+        "nnsight",
+        "datasets",
+        "matplotlib",
+        "jinja2",
+        "typer",
+        "rich",
+    },
     "probes": {"matplotlib", "jinja2", "typer", "rich"},
     "reports": {"nnsight", "datasets"},
 }
@@ -80,4 +89,6 @@ def test_no_pickles_and_no_remote_code_by_default(root: Path):
             text = file.read_text()
             assert "torch.load(" not in text
             assert "import pickle" not in text
-            assert "trust_remote_code=True" not in text.replace("with `trust_remote_code=True`", ""), file
+            assert "trust_remote_code=True" not in text.replace(
+                "with `trust_remote_code=True`", ""
+            ), file

@@ -84,7 +84,9 @@ def test_importance_is_one_minus_the_cosine(tiny):
             read = x if tiny.anatomy.parallel else mid
             after = read + seen[f"layer.{i}.mlp"].view_as(x)
             for name, a, b in (("attn", x, mid), ("mlp", read, after), ("block", x, out)):
-                sums[name][i] += float(torch.cosine_similarity(a.double(), b.double(), dim=-1).sum())
+                sums[name][i] += float(
+                    torch.cosine_similarity(a.double(), b.double(), dim=-1).sum()
+                )
     for name in found:
         np.testing.assert_allclose(found[name], 1 - sums[name] / count, rtol=1e-3, atol=1e-6)
 
@@ -94,7 +96,9 @@ def test_drops_take_the_least_important_first(llama):
     candidate = compress(llama, Recipe.parse("mlp-drop@2"), calibration=TEXTS)
     assert candidate.achieved["dropped"] == {"mlp": order[:2].tolist()}
     blocks = candidate.anatomy.blocks(candidate.module)
-    assert [dropped(candidate.anatomy, b, "mlp") for b in blocks] == [i in order[:2] for i in range(3)]
+    assert [dropped(candidate.anatomy, b, "mlp") for b in blocks] == [
+        i in order[:2] for i in range(3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +122,13 @@ def test_cost_counts_what_is_there(llama):
     assert dense["parameters"] == sum(p.numel() for p in llama.module.parameters())
     assert dense["bytes"] == dense["bytes_packed"] == 4 * dense["parameters"]
     block = llama.anatomy.blocks(llama.module)[1]
-    part = sum(p.numel() for p in (*block.mlp.parameters(), *block.post_attention_layernorm.parameters()))
-    assert cost(compress(llama, Recipe.parse("mlp-drop@layers=1")))["parameters"] == dense["parameters"] - part
+    part = sum(
+        p.numel() for p in (*block.mlp.parameters(), *block.post_attention_layernorm.parameters())
+    )
+    assert (
+        cost(compress(llama, Recipe.parse("mlp-drop@layers=1")))["parameters"]
+        == dense["parameters"] - part
+    )
     packed = cost(compress(llama, Recipe.parse("rtn@int4-g16")))
     inside = sum(m.weight.numel() for m in linears(llama.anatomy, llama.module).values())
     assert packed["bytes"] == dense["bytes"]
@@ -129,23 +138,43 @@ def test_cost_counts_what_is_there(llama):
     assert zeroed["nonzero"] == pytest.approx(dense["nonzero"] - inside / 2, abs=200)
 
 
-@pytest.mark.parametrize("recipe", ["magnitude@0.5", "rtn@int4-g16", "block-drop@1", "attn-drop@1", "mlp-drop@1", "block-drop@1+attn-drop@1"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "magnitude@0.5",
+        "rtn@int4-g16",
+        "block-drop@1",
+        "attn-drop@1",
+        "mlp-drop@1",
+        "block-drop@1+attn-drop@1",
+    ],
+)
 def test_a_saved_candidate_loads_back(tiny, recipe, tmp_path):
     candidate = compress(tiny, Recipe.parse(recipe), calibration=TEXTS)
     save(candidate, tmp_path / "candidate")
     back = load(tmp_path / "candidate")
     batch = encode(candidate, TEXTS, side="left")
-    torch.testing.assert_close(back.module(**batch).logits, candidate.module(**batch).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        back.module(**batch).logits, candidate.module(**batch).logits, rtol=1e-5, atol=1e-5
+    )
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     ids = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    assert torch.equal(back.module.generate(**ids, **options), candidate.module.generate(**ids, **options))
-    assert (back.recipe, back.achieved, back.layer_count) == (candidate.recipe, candidate.achieved, 3)
+    assert torch.equal(
+        back.module.generate(**ids, **options), candidate.module.generate(**ids, **options)
+    )
+    assert (back.recipe, back.achieved, back.layer_count) == (
+        candidate.recipe,
+        candidate.achieved,
+        3,
+    )
     assert float(measure(candidate, back, prompts=TEXTS)["output"].kl.max()) < 1e-9
     with pytest.raises(SaveError, match="not empty"):
         save(candidate, tmp_path / "candidate")
 
 
-@pytest.mark.parametrize(("recipe", "plain"), [("block-drop@1", True), ("magnitude@0.5", True), ("attn-drop@1", False)])
+@pytest.mark.parametrize(
+    ("recipe", "plain"), [("block-drop@1", True), ("magnitude@0.5", True), ("attn-drop@1", False)]
+)
 def test_transformers_loads_what_it_can_and_refuses_the_rest(llama, recipe, plain, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -154,7 +183,9 @@ def test_transformers_loads_what_it_can_and_refuses_the_rest(llama, recipe, plai
     batch = encode(candidate, TEXTS)
     if plain:
         again = AutoModelForCausalLM.from_pretrained(folder)
-        torch.testing.assert_close(again(**batch).logits, candidate.module(**batch).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            again(**batch).logits, candidate.module(**batch).logits, rtol=1e-5, atol=1e-5
+        )
         assert "from_pretrained(folder)" in (folder / "README.md").read_text()
     else:
         with pytest.raises(ValueError, match="prunescope-candidate"):
@@ -167,4 +198,6 @@ def test_conv1d_is_read_the_right_way_round():
     candidate = compress(model, Recipe.parse("rtn@int4-g16"))
     name = "transformer.h.0.mlp.c_fc"
     weight = model.module.get_submodule(name).weight  # (input, output) in GPT-2
-    assert torch.equal(candidate.module.get_submodule(name).weight, round_to_nearest(weight.T, 4, 16).T)
+    assert torch.equal(
+        candidate.module.get_submodule(name).weight, round_to_nearest(weight.T, 4, 16).T
+    )

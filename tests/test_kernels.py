@@ -58,7 +58,9 @@ def rows(vocab, spread, shift, seed, common=0.0, count=3):
 def test_exact_over_the_promised_ranges(vocab, temperature, dtype):
     for spread in (1.0, 10.0, 100.0):
         for shift in (1e-4, 1e-2, 1.0, 30.0):
-            z, y = rows(vocab, spread, shift, seed=vocab, common=20.0 if shift < 1 else 0.0, count=2)
+            z, y = rows(
+                vocab, spread, shift, seed=vocab, common=20.0 if shift < 1 else 0.0, count=2
+            )
             assert_exact(z.to(dtype), y.to(dtype), temperature)
 
 
@@ -96,7 +98,9 @@ def test_identical_rows_are_exactly_zero(temperature):
 
 def test_a_common_shift_changes_no_probability():
     z, _ = rows(4000, 5.0, 0.0, seed=0)
-    figures = compare_logits(z, z + 4.0)  # a power of two: z + 4 is z's neighbour in float32, rounded
+    figures = compare_logits(
+        z, z + 4.0
+    )  # a power of two: z + 4 is z's neighbour in float32, rounded
     assert float(figures["kl"].max()) < 1e-12
     assert float(figures["tv"].max()) < 1e-6
     assert float(figures["flip"].max()) == 0
@@ -115,7 +119,12 @@ def test_ties_go_to_the_lower_token():
 
 
 @settings(max_examples=40, deadline=None)
-@given(vocab=st.integers(20, 4000), k=st.integers(1, 12), levels=st.integers(1, 50), seed=st.integers(0, 10**6))
+@given(
+    vocab=st.integers(20, 4000),
+    k=st.integers(1, 12),
+    levels=st.integers(1, 50),
+    seed=st.integers(0, 10**6),
+)
 def test_leaders_are_a_stable_sort(vocab, k, levels, seed):
     torch.manual_seed(seed)
     values = torch.randint(-levels, levels + 1, (3, vocab)).float()
@@ -146,7 +155,12 @@ def test_a_token_that_only_the_candidate_excludes_makes_kl_infinite():
 
 
 @settings(max_examples=40, deadline=None)
-@given(shift=st.floats(1e-3, 20), spread=st.floats(0.1, 30), temperature=st.floats(0.2, 5), seed=st.integers(0, 10**6))
+@given(
+    shift=st.floats(1e-3, 20),
+    spread=st.floats(0.1, 30),
+    temperature=st.floats(0.2, 5),
+    seed=st.integers(0, 10**6),
+)
 def test_laws(shift, spread, temperature, seed):
     z, y = rows(700, spread, shift, seed)
     there, back = (compare_logits(a, b, temperature=temperature) for a, b in ((z, y), (y, z)))
@@ -179,7 +193,9 @@ def test_the_theorems_hold_to_second_order():
     for size in (0.2, 0.1, 0.05):
         figures = compare_logits(z, z + size * d)
         ratios.append((figures["kl_estimate"] / figures["kl"] - 1).abs().max())
-        torch.testing.assert_close(figures["angular_z_corrected"], figures["angular_z"], rtol=0.1, atol=0)
+        torch.testing.assert_close(
+            figures["angular_z_corrected"], figures["angular_z"], rtol=0.1, atol=0
+        )
     assert ratios[0] > 1.5 * ratios[1] > 1.5**2 * ratios[2], "the error shrinks with the shift"
 
 

@@ -11,7 +11,10 @@ FOLDERS = ("probes", "analysis", "reports")
 def test_the_wheel_holds_the_tree(root: Path, tmp_path):
     source = tmp_path / "source"
     tracked = subprocess.run(
-        ["git", "-C", str(root), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
+        ["git", "-C", str(root), "ls-files", "-co", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split("\n")
     for name in filter(None, tracked):
         if (root / name).is_file():

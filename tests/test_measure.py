@@ -13,7 +13,11 @@ from test_trace import TEXTS, candidate_of, reference_sites
 
 def logits_of(model, hidden, lens):
     with torch.no_grad():
-        h = model.module.get_submodule(model.anatomy.final_norm)(hidden) if lens == "norm" else hidden
+        h = (
+            model.module.get_submodule(model.anatomy.final_norm)(hidden)
+            if lens == "norm"
+            else hidden
+        )
         z = model.module.get_submodule(model.anatomy.unembed)(h)
     cap = getattr(model.module.config, "final_logit_softcapping", None)
     return cap * torch.tanh(z / cap) if cap else z
@@ -31,7 +35,9 @@ def test_every_figure_of_every_site_equals_the_reference(tiny, lens):
         for effect in (0, 1):
             here = shifts.isel(layer=layer, site=site, effect=effect)
             h, other = states[0], states[1 + effect]
-            truth = reference.figures(logits_of(tiny, h, lens), logits_of(candidate, other, lens), 1.5)
+            truth = reference.figures(
+                logits_of(tiny, h, lens), logits_of(candidate, other, lens), 1.5
+            )
             angles = reference.angle(h.double(), other.double())
             for name in PLAIN:
                 close(here[name].values, truth[name].numpy(), mask, name)
@@ -43,7 +49,9 @@ def test_every_figure_of_every_site_equals_the_reference(tiny, lens):
 def close(found, expected, mask, name):
     assert np.isnan(found[~mask]).all()
     atol = 1e-5 if name in ("third_cumulant", "parallel") else 1e-6
-    np.testing.assert_allclose(found[mask], expected[mask], rtol=2e-2, atol=atol * max(1, np.abs(expected[mask]).max()))
+    np.testing.assert_allclose(
+        found[mask], expected[mask], rtol=2e-2, atol=atol * max(1, np.abs(expected[mask]).max())
+    )
 
 
 def test_a_model_against_itself_is_exactly_zero(tiny):
@@ -59,7 +67,9 @@ def test_the_output_alone_is_the_output_of_the_whole(tiny):
     whole, alone = (run(tiny, candidate, prompts=TEXTS, layerwise=lw) for lw in (True, False))
     assert "shifts" not in alone.children
     for name in alone["output"].data_vars:
-        np.testing.assert_allclose(alone["output"][name].values, whole["output"][name].values, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            alone["output"][name].values, whole["output"][name].values, rtol=1e-5, atol=1e-7
+        )
     last = whole["shifts"].to_dataset().isel(layer=-1, site=-1, effect=1)
     np.testing.assert_allclose(last.kl.values, whole["output"].kl.values, rtol=1e-6)
 
@@ -73,7 +83,9 @@ def test_batches_do_not_change_figures(llama, monkeypatch):
     whole = run(llama, candidate, prompts=TEXTS)
     monkeypatch.setattr(sys.modules["prunescope.probes.measure"], "BATCH_TOKENS", 1)
     single = run(llama, candidate, prompts=TEXTS)
-    np.testing.assert_allclose(single["shifts"].kl.values, whole["shifts"].kl.values, rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        single["shifts"].kl.values, whole["shifts"].kl.values, rtol=2e-3, atol=1e-6
+    )
 
 
 def test_the_tree_says_what_it_holds(llama):

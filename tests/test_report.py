@@ -94,5 +94,7 @@ def test_a_cell_with_fewer_groups_still_renders(tmp_path):
     whole = make_cell()
     for group in ("shifts", "scores", "samples", "cost", "output"):
         part = {n: c.to_dataset() for n, c in whole.children.items() if n != group}
-        cell = xr.DataTree.from_dict({"/": whole.to_dataset(), **{f"/{n}": d for n, d in part.items()}})
+        cell = xr.DataTree.from_dict(
+            {"/": whole.to_dataset(), **{f"/{n}": d for n, d in part.items()}}
+        )
         assert render({"x": cell}, tmp_path / group / "report.html").exists()

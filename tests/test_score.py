@@ -45,7 +45,9 @@ def test_without_a_prompt_the_text_follows_the_first_special_token(llama):
     ids, start = split(llama, "", "The cat")
     assert (ids[0], start) == (llama.tokenizer.bos_token_id, 1)
     expected = plain_likelihood(llama, "", "The cat sat")
-    np.testing.assert_allclose(likelihoods(llama, [split(llama, "", "The cat sat")]), [expected], rtol=1e-4)
+    np.testing.assert_allclose(
+        likelihoods(llama, [split(llama, "", "The cat sat")]), [expected], rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -54,7 +56,10 @@ def test_a_choice_is_the_likeliest_option(llama, normalised):
 
     answers = answer(llama, replace(CHOICE, normalise=normalised))
     for item, found in zip(ITEMS, answers, strict=True):
-        values = [plain_likelihood(llama, item.prompt, c) / (len(c.strip()) if normalised else 1) for c in item.choices]
+        values = [
+            plain_likelihood(llama, item.prompt, c) / (len(c.strip()) if normalised else 1)
+            for c in item.choices
+        ]
         assert found.text == item.choices[int(np.argmax(values))].strip()
         assert found.score == (int(np.argmax(values)) == item.answer)
 
@@ -67,7 +72,9 @@ def test_generation_equals_one_prompt_at_a_time_without_cache(tiny):
         length = ids.shape[1]
         for _ in range(6):
             with torch.no_grad():
-                ids = torch.cat([ids, tiny.module(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=-1)
+                ids = torch.cat(
+                    [ids, tiny.module(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=-1
+                )
         alone = ids[0, length:].tolist()
         if tiny.tokenizer.eos_token_id in alone:
             alone = alone[: alone.index(tiny.tokenizer.eos_token_id)]

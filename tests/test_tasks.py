@@ -38,14 +38,34 @@ def write(folder, name, rows):
 
 
 def test_every_format_of_a_file(tmp_path):
-    choice = read_task(write(tmp_path, "c", [{"question": "Sky?", "choices": ["blue", "red"], "answer": 1, "context": "Look."}]))
+    choice = read_task(
+        write(
+            tmp_path,
+            "c",
+            [{"question": "Sky?", "choices": ["blue", "red"], "answer": 1, "context": "Look."}],
+        )
+    )
     assert (choice.format, choice.normalise, choice.chance) == ("choice", True, 0.5)
     assert choice.items[0].prompt == "Look.\nQuestion: Sky?\nAnswer:"
     assert choice.items[0].choices == (" blue", " red")
     pairs = read_task(write(tmp_path, "p", [{"good": "He runs.", "bad": "He run."}]))
-    assert (pairs.items[0].prompt, pairs.items[0].choices, pairs.normalise) == ("", ("He runs.", "He run."), False)
-    free = read_task(write(tmp_path, "g", [{"id": "x", "question": "Who?", "answer": "Bo", "aliases": ["Bo", "Mr Bo"]}]))
-    assert (free.format, free.items[0].accepted, free.items[0].id) == ("generation", ("Bo", "Mr Bo"), "x")
+    assert (pairs.items[0].prompt, pairs.items[0].choices, pairs.normalise) == (
+        "",
+        ("He runs.", "He run."),
+        False,
+    )
+    free = read_task(
+        write(
+            tmp_path,
+            "g",
+            [{"id": "x", "question": "Who?", "answer": "Bo", "aliases": ["Bo", "Mr Bo"]}],
+        )
+    )
+    assert (free.format, free.items[0].accepted, free.items[0].id) == (
+        "generation",
+        ("Bo", "Mr Bo"),
+        "x",
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,10 +74,19 @@ def test_every_format_of_a_file(tmp_path):
         ('{"question": ', r"t\.jsonl:2: not valid JSON"),
         ("[1]", r"t\.jsonl:2: a JSON object is needed, not list"),
         ({"a": 1}, r"t\.jsonl:2: fields a are those of no task"),
-        ({"question": "q", "choices": ["x"], "answer": 0}, "'choices' must be a list of at least two"),
-        ({"question": "q", "choices": ["x", "y"], "answer": 2}, "'answer' must be the number of a choice, 0 to 1, not 2"),
+        (
+            {"question": "q", "choices": ["x"], "answer": 0},
+            "'choices' must be a list of at least two",
+        ),
+        (
+            {"question": "q", "choices": ["x", "y"], "answer": 2},
+            "'answer' must be the number of a choice, 0 to 1, not 2",
+        ),
         ({"question": "q", "choices": ["x", "x"], "answer": 0}, "the right answer twice"),
-        ({"question": 3, "choices": ["x", "y"], "answer": 0}, "field 'question' must be text, not 3"),
+        (
+            {"question": 3, "choices": ["x", "y"], "answer": 0},
+            "field 'question' must be text, not 3",
+        ),
         ({"question": "q", "answer": "a"}, "rows of different kinds"),
         ({"good": "g", "bad": "b"}, "rows of different kinds"),
     ],
@@ -78,7 +107,18 @@ def test_empty_files_and_unknown_names(tmp_path):
 
 
 def test_real_benchmark_rows_are_read(shared_data):
-    names = ["arc_easy", "hellaswag", "mmlu", "piqa", "boolq", "blimp", "triviaqa", "xquad_en", "gsm8k", "lambada"]
+    names = [
+        "arc_easy",
+        "hellaswag",
+        "mmlu",
+        "piqa",
+        "boolq",
+        "blimp",
+        "triviaqa",
+        "xquad_en",
+        "gsm8k",
+        "lambada",
+    ]
     tasks = load_tasks(names, shared_data)
     assert [t.name for t in tasks] == names
     assert {t.format for t in tasks} == {"choice", "generation"}

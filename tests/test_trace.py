@@ -38,10 +38,18 @@ def hooked(model, batch):
             lambda m, a, out, n=f"layer.{i}.output": seen.__setitem__(n, first(out).clone())
         ))  # fmt: skip
         for name, part in (("attn", anatomy.attn), ("mlp", anatomy.mlp)):
-            keep(block.get_submodule(part.post or part.body[-1]), f"layer.{i}.{name}", lambda a, k, out: first(out))
+            keep(
+                block.get_submodule(part.post or part.body[-1]),
+                f"layer.{i}.{name}",
+                lambda a, k, out: first(out),
+            )
     norm = module.get_submodule(anatomy.final_norm)
     keep(norm, "final_norm.output", lambda a, k, out: out)
-    handles.append(norm.register_forward_pre_hook(lambda m, a: seen.__setitem__("final_norm.input", a[0].clone())))
+    handles.append(
+        norm.register_forward_pre_hook(
+            lambda m, a: seen.__setitem__("final_norm.input", a[0].clone())
+        )
+    )
     with torch.no_grad():
         seen["logits"] = module(**batch, use_cache=False).logits
     for handle in handles:
@@ -63,7 +71,9 @@ def test_a_trace_of_every_role_equals_plain_hooks_to_the_bit(tiny):
 
 
 def test_the_table_describes_the_forward_pass(tiny):
-    trace.verify(tiny.module, tiny.anatomy, getattr(tiny.module.config, "final_logit_softcapping", None))
+    trace.verify(
+        tiny.module, tiny.anatomy, getattr(tiny.module.config, "final_logit_softcapping", None)
+    )
 
 
 def test_a_wrong_row_is_refused_by_role(llama):
@@ -72,11 +82,23 @@ def test_a_wrong_row_is_refused_by_role(llama):
     wrong = replace(llama.anatomy, mlp=replace(llama.anatomy.mlp, body=("mlp.down_proj",)))
     trace.verify(llama.module, wrong, None)  # the down projection's output is the MLP's output
     with pytest.raises(AnatomyError, match=r"layer 0: input \+ attention \+ MLP = output is off"):
-        trace.verify(llama.module, replace(llama.anatomy, attn=replace(llama.anatomy.attn, body=("self_attn.q_proj",))), None)
+        trace.verify(
+            llama.module,
+            replace(llama.anatomy, attn=replace(llama.anatomy.attn, body=("self_attn.q_proj",))),
+            None,
+        )
     with pytest.raises(AnatomyError, match="in the order input, attention, MLP, output"):
-        trace.verify(llama.module, replace(llama.anatomy, mlp=replace(llama.anatomy.mlp, body=("self_attn.o_proj",))), None)
+        trace.verify(
+            llama.module,
+            replace(llama.anatomy, mlp=replace(llama.anatomy.mlp, body=("self_attn.o_proj",))),
+            None,
+        )
     with pytest.raises(AnatomyError, match="has no 'self_attention'"):
-        trace.verify(llama.module, replace(llama.anatomy, attn=replace(llama.anatomy.attn, body=("self_attention",))), None)
+        trace.verify(
+            llama.module,
+            replace(llama.anatomy, attn=replace(llama.anatomy.attn, body=("self_attention",))),
+            None,
+        )
 
 
 def test_an_unknown_architecture_is_refused_by_name():
@@ -177,13 +199,20 @@ def test_a_drop_is_a_zero_contribution_and_generates_with_a_cache(tiny):
     assert float(seen["layer.1.mlp"].abs().max()) == 0
     mask = batch["attention_mask"]
     tokens = candidate.module.generate(
-        batch["input_ids"], attention_mask=mask, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        batch["input_ids"],
+        attention_mask=mask,
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     for row, text in enumerate(TEXTS):  # again without any cache, prompt by prompt
         ids = encode(candidate, [text])["input_ids"]
         for _ in range(12):
             with torch.no_grad():
-                ids = torch.cat([ids, candidate.module(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=-1)
+                ids = torch.cat(
+                    [ids, candidate.module(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=-1
+                )
         assert tokens[row, -12:].tolist() == ids[0, -12:].tolist()
 
 
@@ -191,7 +220,9 @@ def test_clones_share_weights_and_leave_the_dense_model_alone(llama):
     batch = encode(llama, TEXTS)
     before = llama.module(**batch).logits
     candidate = llama.clone()
-    assert {id(p) for p in candidate.module.parameters()} == {id(p) for p in llama.module.parameters()}
+    assert {id(p) for p in candidate.module.parameters()} == {
+        id(p) for p in llama.module.parameters()
+    }
     drop(candidate.anatomy, candidate.anatomy.blocks(candidate.module)[1], "mlp", 1)
     assert torch.equal(llama.module(**batch).logits, before)
     assert not torch.equal(candidate.module(**batch).logits, before)

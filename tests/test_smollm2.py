@@ -1,0 +1,125 @@
+"""The real model: every capability once, and what it is known to do."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from prunescope.analysis import diagnose
+from prunescope.probes import Recipe, compress, load, measure, save, score, twin
+from prunescope.probes.compress import importance
+from prunescope.probes.tasks import TWINS
+from prunescope.reports import render
+from prunescope.reports.progress import Progress
+from prunescope.reports.study import Request, cells, run
+from rich.console import Console
+
+pytestmark = pytest.mark.smollm2
+PROMPTS = [
+    "The capital of France is Paris, and the capital of Italy is",
+    "Water boils at one hundred degrees",
+]
+
+
+def test_it_is_what_it_says(smollm2):
+    assert (smollm2.layer_count, smollm2.vocabulary, smollm2.module.config.model_type) == (
+        30,
+        49_152,
+        "llama",
+    )
+    ids = smollm2.tokenizer("The capital of France is", return_tensors="pt")
+    text = smollm2.tokenizer.decode(
+        smollm2.module.generate(**ids, max_new_tokens=3, do_sample=False)[0]
+    )
+    assert "Paris" in text
+
+
+def test_the_order_of_its_attention_sublayers(smollm2):
+    """By cosine the late ones and layer 7 matter least; which of them comes first depends on the text."""
+    order = np.argsort(importance(smollm2)["attn"])[:8].tolist()
+    assert len(set(order) & {25, 26, 7, 28, 6, 29, 9, 5}) >= 6
+
+
+def test_a_model_against_itself_is_exactly_zero(smollm2):
+    tree = measure(smollm2, smollm2, prompts=PROMPTS)
+    assert float(tree["shifts"].kl.max()) == float(tree["shifts"].angular.max()) == 0
+    assert float(tree["output"].tv.max()) == 0
+
+
+def test_a_drop_is_local_where_it_is_and_propagates_from_there(smollm2):
+    candidate = compress(smollm2, Recipe.parse("mlp-drop@layers=15,16,17"))
+    shifts = measure(smollm2, candidate, prompts=PROMPTS)["shifts"].to_dataset()
+    local = shifts.kl.sel(effect="local").mean(("prompt", "token"))
+    layer, site = np.nonzero(local.transpose("layer", "site").values)
+    assert layer.tolist() == [15, 16, 17]
+    assert local.site.values[site].tolist() == ["mlp"] * 3
+    spread = shifts.kl.sel(effect="propagated").mean(("prompt", "token"))
+    assert float(spread.isel(layer=slice(0, 15)).max()) == 0
+    assert float(spread.isel(layer=slice(18, 30)).min()) > 0.05
+    after = (
+        shifts.angular.sel(effect="propagated")
+        .isel(layer=slice(18, 28))
+        .mean(("prompt", "token", "layer", "site"))
+    )
+    assert float(after.sel(space="z")) < float(after.sel(space="h")) < float(after.sel(space="p"))
+
+
+def test_finer_rounding_moves_less(smollm2):
+    kls = []
+    for recipe in ("rtn@int8", "rtn@int4-g64", "rtn@int3-g64"):
+        tree = measure(
+            smollm2, compress(smollm2, Recipe.parse(recipe)), prompts=PROMPTS, layerwise=False
+        )
+        kls.append(float(tree["output"].kl.mean()))
+    assert kls[0] < 0.05 < kls[1] < kls[2]
+
+
+def test_all_twins_are_far_above_chance(smollm2):
+    tasks = [t.limited(24) for name in TWINS for t in twin(name)]
+    from prunescope.probes.score import answer
+
+    for task in tasks:
+        accuracy = np.mean([a.score for a in answer(smollm2, task)])
+        assert accuracy >= (0.7 if task.format == "choice" else 0.4), (task.name, task.format)
+
+
+def test_the_format_decides_what_a_dropped_mlp_costs(smollm2):
+    """The same items: choosing survives what writing does not."""
+    candidate = compress(smollm2, Recipe.parse("mlp-drop@3"))
+    data = score(smollm2, candidate, tasks=[t.limited(40) for t in twin("opposites")])
+    kept = data.score.groupby("format").mean("item")
+    assert float(kept.sel(format="choice", model="candidate")) > 0.75
+    assert float(kept.sel(format="generation", model="candidate")) < 0.3
+
+
+def test_a_candidate_is_saved_and_measured_again(smollm2, tmp_path):
+    candidate = compress(smollm2, Recipe.parse("block-drop@1+attn-drop@1"))
+    back = load(save(candidate, tmp_path / "candidate"))
+    assert float(measure(candidate, back, prompts=PROMPTS)["output"].kl.max()) == 0
+    ids = smollm2.tokenizer(PROMPTS[0], return_tensors="pt")
+    texts = [m.module.generate(**ids, max_new_tokens=8, do_sample=False) for m in (candidate, back)]
+    assert torch.equal(*texts)
+
+
+def test_the_main_job_end_to_end(tmp_path):
+    request = Request(
+        model="smollm2",
+        recipes=("mlp-drop@3", "rtn@int4-g64"),
+        tasks=("opposites",),
+        limit=30,
+        steps=8,
+    )
+    with Progress(Console(quiet=True)) as progress:
+        run(request, tmp_path / "out", progress)
+    found = cells(tmp_path / "out")
+    findings = diagnose(found)
+    verdicts = {f.where: f for f in findings if f.level == "verdict"}
+    assert set(verdicts) == {"mlp-drop@3", "rtn@int4-g64"}
+    drop = verdicts["mlp-drop@3"]
+    assert drop.interval is not None
+    assert drop.interval[0] > 0.3, "choice keeps more than generation, surely"
+    file = render(found, tmp_path / "out" / "report.html", findings=findings)
+    assert drop.claim.split(" (")[0] in file.read_text()
+    assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["findings"]) == len(
+        findings
+    )
