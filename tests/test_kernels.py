@@ -7,8 +7,8 @@ import reference
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prunescope.probes import kernels
 from prunescope.probes.kernels import FIGURES, Readout, compare_logits, compare_states
+from prunescope.probes.reduction import leaders
 
 TOLERANCE, SMALLEST = 1e-4, 1e-8
 SIGNED = {"third_cumulant", "validity", "parallel_z", "parallel_p"}
@@ -128,7 +128,7 @@ def test_ties_go_to_the_lower_token():
 def test_leaders_are_a_stable_sort(vocab, k, levels, seed):
     torch.manual_seed(seed)
     values = torch.randint(-levels, levels + 1, (3, vocab)).float()
-    found, index = kernels._leaders(values, k)
+    found, index = leaders(values, k)
     order = values.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(found, order.values[:, :k])
     assert torch.equal(index, order.indices[:, :k])

@@ -16,7 +16,6 @@ from datetime import date
 
 import torch
 import transformers as tf
-
 from prunescope.probes import Model, Recipe, compress, load, trace
 from prunescope.probes.anatomy import anatomy_of
 from prunescope.probes.kernels import compare_logits, compare_states
