@@ -57,7 +57,6 @@ def compress(
     for i, step in enumerate(recipe.steps):
         before = {name: id(p) for name, p in candidate.module.named_parameters()}
         _APPLY[step.method](candidate, step.amount, texts)
-        trace.forget(candidate.module)
         after = {name: id(p) for name, p in candidate.module.named_parameters()}
         if before == after:
             raise RecipeError(f"recipe '{step}' changed no weight of {dense.label}")

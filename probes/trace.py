@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from nnsight import NNsight
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from .anatomy import Anatomy, AnatomyError, Sublayer, contribution, first
 
 Batch = dict[str, Tensor]
-_WRAPPED: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 class Site(NamedTuple):
@@ -34,15 +32,12 @@ class Site(NamedTuple):
 
 
 def wrap(module: nn.Module) -> Any:
-    """The nnsight envoy of a module, made once for each module."""
-    if module not in _WRAPPED:
-        _WRAPPED[module] = NNsight(module)
-    return _WRAPPED[module]
+    """The nnsight envoy of a module, made anew for each trace.
 
-
-def forget(module: nn.Module) -> None:
-    """After surgery on a module: an envoy made before it would wait for parts that are gone."""
-    _WRAPPED.pop(module, None)
+    It takes milliseconds. A kept one would outlive surgery on the module, waiting for parts that
+    are gone, and would keep the module itself in memory.
+    """
+    return NNsight(module)
 
 
 def roles(module: nn.Module, anatomy: Anatomy, batch: Batch) -> dict[str, Tensor]:

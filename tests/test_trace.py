@@ -1,5 +1,8 @@
 """Wiring: every role that a trace reads is what plain forward hooks see, on every architecture."""
 
+import gc
+import weakref
+
 import architectures
 import pytest
 import torch
@@ -226,3 +229,13 @@ def test_clones_share_weights_and_leave_the_dense_model_alone(llama):
     drop(candidate.anatomy, candidate.anatomy.blocks(candidate.module)[1], "mlp", 1)
     assert torch.equal(llama.module(**batch).logits, before)
     assert not torch.equal(candidate.module(**batch).logits, before)
+
+
+def test_a_traced_candidate_is_gone_once_it_is_let_go(llama):
+    candidate, batch = candidate_of(llama), encode(llama, TEXTS)
+    trace.lockstep(llama.module, candidate.module, llama.anatomy, batch, lambda _: None)
+    trace.final_states(candidate.module, candidate.anatomy, batch)
+    there = weakref.ref(candidate.module)
+    del candidate
+    gc.collect()
+    assert there() is None
