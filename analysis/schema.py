@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,13 +171,12 @@ def write(cell: xr.DataTree, path: Path) -> None:
     for name, node in cell.children.items():
         check_group(name, node.to_dataset())
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(prefix=".writing-", suffix=".nc", dir=path.parent)
-    os.close(handle)
+    scratch = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         cell.to_netcdf(scratch, engine="h5netcdf", encoding=_encoding(cell))
-        Path(scratch).replace(path)
+        scratch.replace(path)
     finally:
-        Path(scratch).unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
 
 
 def _encoding(cell: xr.DataTree) -> dict[str, dict[str, Any]]:

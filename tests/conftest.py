@@ -7,8 +7,13 @@ from pathlib import Path
 
 import architectures
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+settings.register_profile(
+    "ci", derandomize=True, deadline=None
+)  # the same examples on every CI run
+settings.load_profile("ci" if os.environ.get("CI") else "default")
 ROOT = Path(__file__).parents[1]
 
 

@@ -110,7 +110,7 @@ def test_a_floor_never_collapses(right, kept):
     dense, candidate = ones(right, 60), ones(kept, 60)
     informative = collapse.is_informative(dense, np.full(60, 0.25))
     found = collapse.verdict(Interval(0.0, 0.0, 0.0), informative)
-    assert (found == "uninformative") == (right <= 20)
+    assert (found == "uninformative") == (stats.binom.sf(right - 1, 60, 0.25) >= 0.05)
     assert candidate.sum() == kept
 
 
