@@ -20,13 +20,12 @@ def angular_corrected(alpha: Any, orthogonal: Any) -> Any:
     return 0.5 * orthogonal**2 / (1 + alpha) ** 2
 
 
-def angular_exact(alpha: Any, orthogonal: Any) -> Any:
-    """1 - cos(x, x') = 1 - k/sqrt(k² + rho²) with k = 1 + alpha, written without cancellation.
+def angular_exact(k: Any, orthogonal: Any) -> Any:
+    """1 - cos(x, x') = 1 - k/sqrt(k² + rho²), k = <x', x>/|x|² = 1 + alpha, without cancellation.
 
     For k > 0 this is rho² / (s (s + k)) with s = sqrt(k² + rho²), exact to rounding however small
     the angle is.
     """
-    k = 1 + alpha
     size = abs(k)
     s = (k**2 + orthogonal**2) ** 0.5
     # For k <= 0, where 1 - cos >= 1, the second term completes 1 + |k|/s.

@@ -95,6 +95,8 @@ def compare_logits(
     _check(dense, candidate, temperature, top_k)
     shape = dense.shape[:-1]
     rows, other = dense.reshape(-1, dense.shape[-1]), candidate.reshape(-1, dense.shape[-1])
+    if not rows.numel():
+        return {name: rows.new_zeros(shape, dtype=torch.float64) for name in FIGURES}
     keep_freed_memory()
     settings = Settings(float(temperature), top_k, compiled)
     blocks: list[Tensor] = []
@@ -102,10 +104,8 @@ def compare_logits(
         z, y = z.float(), y.float()
         masked = bool(torch.minimum(z.amin(), y.amin()) == -math.inf)
         blocks.append(_masked_rows(z, y, settings) if masked else reduce_rows(z, y, settings))
-    stacked = (
-        torch.cat(blocks) if blocks else rows.new_zeros((0, len(FIGURES)), dtype=torch.float64)
-    )
-    return {name: column.reshape(shape) for name, column in zip(FIGURES, stacked.T, strict=True)}
+    columns = torch.cat(blocks).T
+    return {name: column.reshape(shape) for name, column in zip(FIGURES, columns, strict=True)}
 
 
 def compare_states(

@@ -192,7 +192,7 @@ def angles(x: Tensor, y: Tensor) -> Figures:
     norm2 = (x * x).sum(-1)
     alpha = (d * x).sum(-1) / norm2
     orthogonal = ((d - alpha[:, None] * x) ** 2).sum(-1).sqrt() / norm2.sqrt()
-    angular = formulas.angular_exact(alpha, orthogonal)
+    angular = formulas.angular_exact(1 + alpha, orthogonal)
     return {
         "cosine": 1 - angular,
         "angular": angular,

@@ -121,12 +121,12 @@ def _unshifted(z: Tensor, settings: Settings) -> Tensor:
 def _first_pass(
     z: Tensor, y: Tensor, top_index: Tensor, best_index: Tensor, T: float
 ) -> tuple[Tensor, ...]:
-    """Normalisers, entropies and means of dz: ten sums over the vocabulary, per row."""
+    """Normalisers, entropies and means of dz: eleven sums over the vocabulary, per row."""
     d = y - z
     lz = (z - z.gather(1, top_index)).div_(T)
     e = torch.exp(lz)
     e_lz, e_d = _dot(e, lz), _dot(e, d)
-    zd = _dot(z, d)
+    zd, zy = _dot(z, d), _dot(z, y)
     ee = torch.mul(e, e, out=lz)
     ee_, ee_d = ee.sum(-1), _dot(ee, d)
     ly = torch.sub(y, y.gather(1, best_index), out=lz).div_(T)
@@ -136,12 +136,12 @@ def _first_pass(
     v = torch.exp(ly, out=e)
     v_ly = _dot(v, ly)
     rest_v = v.scatter_(1, best_index, 0.0).sum(-1)
-    return rest_w, rest_v, e_lz, v_ly, e_d, ee_, ee_d, d.mean(-1), _dot(z, z), zd
+    return rest_w, rest_v, e_lz, v_ly, e_d, ee_, ee_d, d.mean(-1), _dot(z, z), zd, zy
 
 
 def _rows(top: Tensor, best: Tensor, sums: tuple[Tensor, ...], T: float) -> dict[str, Tensor]:
     """What the first pass says of each row, in float64."""
-    rest_w, rest_v, e_lz, v_ly, e_d, ee, ee_d, mean_u, zz, zd = (s.double() for s in sums)
+    rest_w, rest_v, e_lz, v_ly, e_d, ee, ee_d, mean_u, zz, zd, zy = (s.double() for s in sums)
     log_w, log_v = torch.log1p(rest_w), torch.log1p(rest_v)
     return {
         "top": top[:, 0].double(),
@@ -155,6 +155,8 @@ def _rows(top: Tensor, best: Tensor, sums: tuple[Tensor, ...], T: float) -> dict
         "mean_u": mean_u,
         "zz": zz,
         "alpha": zd / zz,
+        # 1 + alpha, from whichever sum does not cancel in it
+        "k": torch.where(zd.abs() < zz / 2, 1 + zd / zz, zy / zz),
         "entropy": log_w - e_lz / (1 + rest_w),
         "entropy_candidate": log_v - v_ly / (1 + rest_v),
     }
@@ -276,8 +278,8 @@ def _assemble(rows: dict[str, Tensor], sums: list[Tensor], T: float) -> Figures:
     orthogonal_p = orthogonal_p * mean_x.clamp(min=0).exp()
     alpha, alpha_p = rows["alpha"], (p_signed / pp - drift) / (1 + drift)
     orthogonal_z = (across / rows["zz"]).sqrt()
-    angular_z = formulas.angular_exact(alpha, orthogonal_z)
-    angular_p = formulas.angular_exact(pq / pp - 1, orthogonal_p)
+    angular_z = formulas.angular_exact(rows["k"], orthogonal_z)
+    angular_p = formulas.angular_exact(pq / pp, orthogonal_p)
     return {
         "cosine_z": 1 - angular_z,
         "angular_z": angular_z,

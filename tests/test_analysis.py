@@ -304,13 +304,13 @@ def test_formulas_agree_with_their_definitions():
         rho = np.linalg.norm(d - alpha[:, None] * x, axis=-1) / np.linalg.norm(x, axis=-1)
         cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
         np.testing.assert_allclose(
-            formulas.angular_exact(alpha, rho), 1 - cosine, rtol=1e-6, atol=1e-15
+            formulas.angular_exact(1 + alpha, rho), 1 - cosine, rtol=1e-6, atol=1e-15
         )
         np.testing.assert_allclose(formulas.angular_paper(rho), rho**2 / 2)
         if size == 1e-2:
             np.testing.assert_allclose(
                 formulas.angular_corrected(alpha, rho),
-                formulas.angular_exact(alpha, rho),
+                formulas.angular_exact(1 + alpha, rho),
                 rtol=1e-2,
             )
     assert formulas.kl_estimate(2.0, 2.0) == formulas.angular_p_estimate(2.0, 2.0) == 0.25

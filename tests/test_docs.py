@@ -65,7 +65,7 @@ def test_the_readmes_python_runs(root: Path, tmp_path, monkeypatch):
 
 def test_ci_runs_the_readmes_test_command(root: Path):
     assert "exec make test" in (root / ".ci" / "run").read_text()
-    assert "`make test`" in readme(root)
+    assert "\nmake test " in readme(root)
 
 
 def test_pictures_of_the_readme_exist(root: Path):
