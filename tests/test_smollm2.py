@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from prunescope.analysis import diagnose
-from prunescope.probes import Recipe, compress, load, measure, save, score, twin
+from prunescope.probes import Recipe, compress, load, load_tasks, measure, save, score, twin
 from prunescope.probes.compress import importance
 from prunescope.probes.tasks import TWINS
 from prunescope.reports import render
@@ -123,3 +123,11 @@ def test_the_main_job_end_to_end(tmp_path):
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["findings"]) == len(
         findings
     )
+
+
+def test_benchmark_rows_are_scored_from_a_folder(smollm2, shared_data):
+    tasks = [t.limited(12) for t in load_tasks(["arc_easy", "blimp", "triviaqa"], shared_data)]
+    data = score(smollm2, smollm2, tasks=tasks)
+    assert data.task.values.tolist() == ["arc_easy"] * 12 + ["blimp"] * 12 + ["triviaqa"] * 12
+    assert (data.score.sel(model="dense") == data.score.sel(model="candidate")).all()
+    assert float(data.score[:24].mean()) > 0.3
