@@ -1,6 +1,7 @@
 """The kernels against plain float64, over the ranges that are promised, and their laws."""
 
 import math
+import shutil
 
 import pytest
 import reference
@@ -246,3 +247,15 @@ def test_bad_input_is_named(call, message):
 def test_no_positions_give_no_figures():
     found = compare_logits(torch.zeros(0, 30), torch.zeros(0, 30))
     assert all(v.shape == (0,) for v in found.values())
+
+
+@pytest.mark.skipif(
+    not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler"
+)
+def test_fused_passes_give_the_same_figures():
+    z, y = rows(49_152, 10.0, 0.5, seed=4)
+    plain, fused = (compare_logits(z, y, compiled=c) for c in (False, True))
+    for name in FIGURES:
+        torch.testing.assert_close(fused[name], plain[name], rtol=TOLERANCE, atol=1e-7)
+    same = compare_logits(z, z.clone(), compiled=True)
+    assert float(same["kl"].max()) == float(same["tv"].max()) == float(same["angular_z"].max()) == 0
