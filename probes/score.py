@@ -46,6 +46,17 @@ def answer(
     return (_choose if task.format == "choice" else _write)(model, task, progress)
 
 
+def answers(
+    model: Model, tasks: Sequence[Task], *, progress: Callable[[float], None] = lambda _: None
+) -> list[list[Answer]]:
+    """One model's answers to several tasks, task by task."""
+    count = len(tasks)
+    return [
+        answer(model, task, progress=lambda done, i=i: progress((i + done) / count))
+        for i, task in enumerate(tasks)
+    ]
+
+
 def score(
     dense: Model,
     candidate: Model,
@@ -61,17 +72,11 @@ def score(
         tasks: what to ask; see `prunescope.probes.tasks`.
         progress: called with the share of the work that is done.
     """
-    sides: list[list[list[Answer]]] = []
-    for i, model in enumerate((dense, candidate)):
-        sides.append([])
-        for j, task in enumerate(tasks):
-            done, share = (i + j / len(tasks)) / 2, 1 / len(tasks) / 2
-
-            def tick(inner: float, done: float = done, share: float = share) -> None:
-                progress(done + share * inner)
-
-            sides[i].append(answer(model, task, progress=tick))
-    return pair(tasks, sides[0], sides[1])
+    sides = [
+        answers(model, tasks, progress=lambda done, i=i: progress((i + done) / 2))
+        for i, model in enumerate((dense, candidate))
+    ]
+    return pair(tasks, *sides)
 
 
 def pair(

@@ -224,10 +224,10 @@ def _study(options: dict[str, Any], out: Path) -> None:
         if name in ("data", "prompts")
     }
     request = Request(**(options | paths))
-    plan(request, out)  # everything that can be wrong is found before the first model loads
+    what = plan(request, out)  # everything that can be wrong is found before the first model loads
     with Progress() as progress:
         try:
-            run(request, out, progress)
+            run(what, progress)
         except KeyboardInterrupt:
             progress.say(
                 f"\ninterrupted; finished cells are kept in {out}, the same command goes on from there"

@@ -28,7 +28,7 @@ from ..probes.load import DTYPES, exists, load
 from ..probes.measure import MeasureError, check_pair, check_prompts, measure
 from ..probes.model import Model
 from ..probes.recipe import Recipe
-from ..probes.score import Answer, answer, generate, pair
+from ..probes.score import Answer, answers, generate, pair
 from ..probes.tasks import SEED, TWINS, Task, data_text, load_tasks
 from .progress import Progress
 
@@ -176,22 +176,41 @@ def _check_folder(request: Request, folder: Path) -> None:
 # --- running -------------------------------------------------------------------------------------
 
 
-def run(request: Request, folder: Path, progress: Progress) -> Plan:
-    """Run what is missing of a study. Returns its plan; cells are in their files."""
-    what = plan(request, folder)
+@dataclass(frozen=True)
+class _Dense:
+    """The dense side of every cell, made once."""
+
+    model: Model
+    answers: list[list[Answer]]
+    texts: list[tuple[str, list[int], bool]]
+    cost: dict[str, float]
+
+
+def run(what: Plan, progress: Progress) -> None:
+    """Run what is missing of a study; cells are in their files."""
     missing = what.missing()
     if not missing:
-        progress.say(f"all {len(request.names())} cells are there already")
-        return what
-    with progress.task(f"loading {request.model}"):
-        dense = _load(request, request.model, progress)
-    _check_against(what, dense)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "study.json", _merged(request, folder))
-    answers = _dense_answers(what, dense, progress)
+        progress.say(f"all {len(what.request.names())} cells are there already")
+        return
+    with progress.task(f"loading {what.request.model}"):
+        model = _load(what.request, what.request.model, progress)
+    _check_against(what, model)
+    what.folder.mkdir(parents=True, exist_ok=True)
+    _write_json(what.folder / "study.json", _merged(what.request, what.folder))
+    dense = _dense(what, model, progress)
     for name in missing:
-        _cell(what, name, dense, answers, progress)
-    return what
+        _cell(what, name, dense, progress)
+
+
+def _dense(what: Plan, model: Model, progress: Progress) -> _Dense:
+    replies = _dense_answers(what, model, progress)
+    with progress.task("dense: sample texts"):
+        texts = _texts(what, model)
+    return _Dense(model, replies, texts, cost(model))
+
+
+def _texts(what: Plan, model: Model) -> list[tuple[str, list[int], bool]]:
+    return generate(model, what.prompts[:SAMPLES], what.request.steps)
 
 
 def _load(request: Request, source: str, progress: Progress) -> Model:
@@ -225,29 +244,19 @@ def _dense_answers(what: Plan, dense: Model, progress: Progress) -> list[list[An
         kept = json.loads(file.read_text("utf-8"))
         if kept["key"] == key:
             return [[Answer(**a) for a in answers] for answers in kept["answers"]]
-    answers = _answers(dense, what.tasks, "dense", progress)
-    _write_json(file, {"key": key, "answers": [[asdict(a) for a in side] for side in answers]})
-    return answers
+    made = _answers(dense, what.tasks, "dense", progress)
+    _write_json(file, {"key": key, "answers": [[asdict(a) for a in side] for side in made]})
+    return made
 
 
 def _answers(
     model: Model, tasks: Sequence[Task], name: str, progress: Progress
 ) -> list[list[Answer]]:
     with progress.task(f"{name}: tasks") as tick:
-        result: list[list[Answer]] = []
-        for i, task in enumerate(tasks):
-            done = i / len(tasks)
-            result.append(answer(model, task, progress=_scaled(tick, done, 1 / len(tasks))))
-        return result
+        return answers(model, tasks, progress=tick)
 
 
-def _scaled(tick: Callable[[float], None], done: float, share: float) -> Callable[[float], None]:
-    return lambda inner: tick(done + share * inner)
-
-
-def _cell(
-    what: Plan, name: str, dense: Model, answers: list[list[Answer]], progress: Progress
-) -> None:
+def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
     """Make one cell and write its file; the candidate is gone from memory afterwards."""
     clock, seconds = time.perf_counter(), dict[str, float]()
 
@@ -256,19 +265,20 @@ def _cell(
         now = time.perf_counter()
         seconds[part], clock = now - clock, now
 
-    candidate = _candidate(what, name, dense, progress)
+    candidate = _candidate(what, name, dense.model, progress)
     lap("compress")
     with progress.task(f"{name}: states, every layer") as tick:
-        tree = _measure(what, dense, candidate, tick)
+        tree = _measure(what, dense.model, candidate, tick)
     lap("measure")
-    scores = pair(what.tasks, answers, _answers(candidate, what.tasks, name, progress))
+    scores = pair(what.tasks, dense.answers, _answers(candidate, what.tasks, name, progress))
     lap("score")
     with progress.task(f"{name}: sample texts"):
-        samples = _samples(what, dense, candidate)
+        samples = _samples(what, dense.texts, _texts(what, candidate))
     lap("samples")
     groups = {n: node.to_dataset() for n, node in tree.children.items()}
-    groups |= {"scores": scores, "samples": samples, "cost": _cost(dense, candidate, seconds)}
-    schema.write(schema.tree(groups, _provenance(what, name, dense, candidate)), what.cell(name))
+    groups |= {"scores": scores, "samples": samples, "cost": _cost(dense.cost, candidate, seconds)}
+    stamp = _provenance(what, name, dense.model, candidate)
+    schema.write(schema.tree(groups, stamp), what.cell(name))
 
 
 def _candidate(what: Plan, name: str, dense: Model, progress: Progress) -> Model:
@@ -295,9 +305,12 @@ def _measure(
     )  # fmt: skip
 
 
-def _samples(what: Plan, dense: Model, candidate: Model) -> xr.Dataset:
-    prompts = list(what.prompts[:SAMPLES])
-    sides = [generate(m, prompts, what.request.steps) for m in (dense, candidate)]
+def _samples(
+    what: Plan,
+    dense: list[tuple[str, list[int], bool]],
+    candidate: list[tuple[str, list[int], bool]],
+) -> xr.Dataset:
+    prompts, sides = list(what.prompts[:SAMPLES]), (dense, candidate)
     first = [_first_difference(a[1], b[1]) for a, b in zip(*sides, strict=True)]
     text = np.array([[t for t, _, _ in side] for side in sides], dtype=object).T
     variables = {
@@ -318,8 +331,8 @@ def _first_difference(a: list[int], b: list[int]) -> int:
     return -1 if len(a) == len(b) else min(len(a), len(b))
 
 
-def _cost(dense: Model, candidate: Model, seconds: dict[str, float]) -> xr.Dataset:
-    sides = [cost(m) for m in (dense, candidate)]
+def _cost(dense: dict[str, float], candidate: Model, seconds: dict[str, float]) -> xr.Dataset:
+    sides = [dense, cost(candidate)]
     variables = {n: np.array([side[n] for side in sides]) for n in sides[0]}
     variables["seconds"] = np.array(list(seconds.values()))
     coords = {"model": list(schema.MODELS), "work": list(seconds)}

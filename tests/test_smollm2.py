@@ -11,7 +11,7 @@ from prunescope.probes.compress import importance
 from prunescope.probes.tasks import TWINS
 from prunescope.reports import render
 from prunescope.reports.progress import Progress
-from prunescope.reports.study import Request, cells, run
+from prunescope.reports.study import Request, cells, plan, run
 from rich.console import Console
 
 pytestmark = pytest.mark.smollm2
@@ -110,7 +110,7 @@ def test_the_main_job_end_to_end(tmp_path):
         steps=8,
     )
     with Progress(Console(quiet=True)) as progress:
-        run(request, tmp_path / "out", progress)
+        run(plan(request, tmp_path / "out"), progress)
     found = cells(tmp_path / "out")
     findings = diagnose(found)
     verdicts = {f.where: f for f in findings if f.level == "verdict"}
