@@ -251,15 +251,51 @@ def _theory(name: str, cell: xr.DataTree) -> list[Finding]:
         f"{100 * third.within:.0f} % of {third.n} positions lie within a factor of 2, median error "
         f"{100 * third.error:.0f} %; the third order is {size.value:.2g} of the second in the median prompt."
     )
+    found = _found(
+        claim, size, len(validity), name, "/output/kl, /output/var_p",
+        within=third.within, error=third.error,
+    )  # fmt: skip
+    return [found, *_limit(name, cell, temperature), *_weakest_layer(name, cell, temperature)]
+
+
+def _limit(name: str, cell: xr.DataTree, temperature: float) -> list[Finding]:
+    shifts = _group(cell, "shifts")
+    data = shifts.sel(effect="propagated") if shifts is not None else _group(cell, "output")
+    stops = theory.limit(data, temperature) if data is not None else None
+    if stops is None:
+        return []
+    spread = f"median error {100 * stops.error.value:.0f} % ({100 * stops.error.low:.0f} to {100 * stops.error.high:.0f} %)"
+    if np.isfinite(stops.validity.value):
+        claim = (
+            f"For {name} second order stops holding at validity |k3|/(3 k2 T) = {stops.validity}: from "
+            f"there on most positions are off by a factor of 2 or more, {100 * stops.beyond:.0f} % of all; {spread}."
+        )
+    else:
+        claim = f"For {name} second order holds at every validity seen; {spread}."
     return [
         _found(
-            claim,
-            size,
-            len(validity),
-            name,
-            "/output/kl, /output/var_p",
-            within=third.within,
-            error=third.error,
+            claim, stops.validity, stops.prompts, name, "/shifts/validity, propagated",
+            beyond=stops.beyond, error=list(stops.error),
+        )
+    ]  # fmt: skip
+
+
+def _weakest_layer(name: str, cell: xr.DataTree, temperature: float) -> list[Finding]:
+    shifts = _group(cell, "shifts")
+    if shifts is None:
+        return []
+    within = theory.by_site(shifts.sel(effect="propagated"), temperature).within.sel(theorem="3")
+    if not np.isfinite(within.values).any():
+        return []
+    layer, site = np.unravel_index(np.nanargmin(within.values), within.shape)
+    least, place = float(within.values[layer, site]), f"layer {layer} {within.site.values[site]}"
+    claim = (
+        f"Along the layers of {name} Theorem 3 does worst at {place}: {100 * least:.0f} % of the positions "
+        f"within a factor of 2, {100 * float(np.nanmedian(within.values)):.0f} % at the median site."
+    )
+    return [
+        Finding(
+            claim, least, None, shifts.sizes["prompt"], f"{name}, {place}", "/shifts/kl", "note"
         )
     ]
 

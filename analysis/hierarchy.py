@@ -62,6 +62,39 @@ def by_layer(values: xr.DataArray) -> xr.Dataset:
     return xr.Dataset({n: like.copy(data=v.reshape(like.shape)) for n, v in parts.items()})
 
 
+def amplification_by_layer(angular: xr.DataArray) -> xr.Dataset:
+    """`amplification` at every layer and site: `mean`, `low`, `high` over dims `step, layer, site, …`.
+
+    Takes dims `prompt, token, space, layer, site, …`; a ratio of means over prompts, with 95 %
+    intervals; NaN where nothing shifts.
+    """
+    means = prompt_means(angular).transpose("prompt", "space", ...)
+    picks = resamples(np.zeros(means.sizes["prompt"], np.int64), draws=500)
+    values = means.values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        draws = values[picks].mean(1)
+        ratios = [_step_ratio(x, means) for x in (values.mean(0)[None], draws)]
+        low, high = _quantiles(ratios[1])
+    like = means.isel(prompt=0, drop=True).isel(space=slice(0, len(STEPS))).rename(space="step")
+    like = like.assign_coords(step=[f"{source}->{target}" for source, target in STEPS])
+    parts = {"mean": ratios[0][0], "low": low, "high": high}
+    return xr.Dataset({name: like.copy(data=value) for name, value in parts.items()})
+
+
+def _step_ratio(x: np.ndarray, like: xr.DataArray) -> np.ndarray:
+    """`(draw, space, …)` -> `(draw, step, …)`."""
+    places = {str(s): i for i, s in enumerate(like.space.values)}
+    ratio = np.stack([x[:, places[above]] / x[:, places[below]] for below, above in STEPS], axis=1)
+    return np.where(np.isfinite(ratio), ratio, np.nan)
+
+
+def _quantiles(draws: np.ndarray) -> np.ndarray:
+    """2.5 % and 97.5 % of each place, NaN where a place has no draw."""
+    empty = np.isnan(draws).all(0)
+    found = np.nanquantile(np.where(empty, 0.0, draws), [0.025, 0.975], axis=0)
+    return np.where(empty, np.nan, found)
+
+
 @dataclass(frozen=True)
 class Rise:
     """The sublayer at which a mean grows most, and the share of resamples that name the same one."""

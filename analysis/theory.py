@@ -10,6 +10,7 @@ import xarray as xr
 from scipy import stats
 
 from . import formulas
+from .statistics import Interval, interval, resamples
 
 SMALLEST = 1e-9
 """Shifts below this are rounding of the models themselves and say nothing about a theorem."""
@@ -90,3 +91,83 @@ def fits(data: xr.Dataset, temperature: float) -> list[Fit]:
     """Every theorem's fit over all positions of `data` (any dims)."""
     found = (fit(name, *pair) for name, pair in pairs(data, temperature).items())
     return [f for f in found if f is not None]
+
+
+def by_site(shifts: xr.Dataset, temperature: float) -> xr.Dataset:
+    """Theorems 2 and 3 at every layer and site: `slope`, `r2`, `spearman`, `within`, `error`, `n`.
+
+    Takes one effect's `/shifts`; returns dims `theorem, layer, site`, NaN where too few positions
+    have a shift to say anything.
+    """
+    names, sizes = ("2", "3"), (shifts.sizes["layer"], shifts.sizes["site"])
+    fields = ("slope", "r2", "spearman", "within", "error", "n")
+    found = {f: np.full((len(names), *sizes), np.nan) for f in fields}
+    for layer, site in np.ndindex(sizes):
+        here = pairs(shifts.isel(layer=layer, site=site), temperature)
+        for row, name in enumerate(names):
+            result = fit(name, *here[name])
+            for field in fields if result else ():
+                found[field][row, layer, site] = getattr(result, field)
+    coords = {"theorem": list(names), "layer": shifts.layer.values, "site": shifts.site.values}
+    dims = ("theorem", "layer", "site")
+    return xr.Dataset({f: (dims, v) for f, v in found.items()}, coords)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Where the second order stops: the validity at which half of the positions are off by 2 or more.
+
+    `validity` and its interval are NaN where that is reached at no amount of third order seen;
+    `error` is the median relative error of KL ~ Var_p/2T² over all positions, `beyond` the share of
+    positions past the limit.
+    """
+
+    validity: Interval
+    error: Interval
+    beyond: float
+    prompts: int
+
+
+BIN = 64  # positions that are judged together along the validity
+
+
+def limit(data: xr.Dataset, temperature: float, draws: int = 200) -> Limit | None:
+    """Where Theorem 3 stops describing `data` (dims `prompt, token, …`); None without shifts."""
+    flat = data[["kl", "var_p", "validity"]].stack(place=[d for d in data.kl.dims if d != "prompt"])
+    flat = flat.transpose("prompt", "place")
+    kl, var_p, validity = (flat[n].values.astype(float) for n in ("kl", "var_p", "validity"))
+    estimate = formulas.kl_estimate(var_p, temperature)
+    usable = (kl > SMALLEST) & (estimate > SMALLEST) & np.isfinite(validity)
+    if usable.sum() < 2 * BIN:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(usable, estimate / kl, np.nan)
+
+    def numbers(pick: np.ndarray) -> tuple[float, float]:
+        keep = usable[pick]
+        r, v = ratio[pick][keep], validity[pick][keep]
+        return _crossing(v, (r >= 0.5) & (r <= 2)), float(np.median(np.abs(r - 1)))
+
+    place, error = numbers(np.arange(len(kl)))
+    samples = np.array(
+        [
+            numbers(pick)
+            for pick in resamples(np.zeros(len(kl), np.int64), draws)
+            if usable[pick].any()
+        ]
+    )
+    beyond = float((validity[usable] >= place).mean()) if np.isfinite(place) else 0.0
+    return Limit(interval(place, samples[:, 0]), interval(error, samples[:, 1]), beyond, len(kl))
+
+
+def _crossing(validity: np.ndarray, within: np.ndarray) -> float:
+    """The least validity from which, in bins along it, most positions are off by a factor of 2."""
+    order = np.argsort(validity)
+    count = len(order) // BIN
+    if count < 2:
+        return float("nan")
+    share = np.array([part.mean() for part in np.array_split(within[order].astype(float), count)])
+    starts = [part[0] for part in np.array_split(validity[order], count)]
+    bad = share < 0.5
+    last_good = int(np.flatnonzero(~bad).max(initial=-1))
+    return float(starts[last_good + 1]) if last_good + 1 < count else float("nan")

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .reduction import FIGURES, Figures, Settings, keep_freed_memory, reduce_block, reduce_rows
+from .reduction import (
+    FIGURES,
+    Figures,
+    Settings,
+    keep_freed_memory,
+    leaders,
+    reduce_block,
+    reduce_rows,
+)
 
 TOP_K = 10
 ROW_BLOCK_ELEMENTS = 16_000_000  # one block of logits of one model: 64 MB in float32
@@ -103,7 +111,7 @@ def compare_logits(
     for z, y in zip(rows.split(settings.rows(rows)), other.split(settings.rows(rows)), strict=True):
         z, y = z.float(), y.float()
         masked = bool(torch.minimum(z.amin(), y.amin()) == -math.inf)
-        blocks.append(_masked_rows(z, y, settings) if masked else reduce_rows(z, y, settings))
+        blocks.append(_masked_rows(z, y, settings) if masked else _rows(z, y, settings))
     columns = torch.cat(blocks).T
     return {name: column.reshape(shape) for name, column in zip(FIGURES, columns, strict=True)}
 
@@ -159,8 +167,11 @@ def compare_many(
     top_k: int = TOP_K,
     block: int | None = None,
     compiled: bool = False,
+    space: Tensor | None = None,
 ) -> list[Figures]:
     """As `compare_states` for several candidate states, making the dense logits only once.
+
+    `space` of `workspace` saves getting the memory for the logits again at every call.
 
     A candidate whose states and readout equal the dense ones costs no product: its shifts are
     exactly zero.
@@ -168,20 +179,33 @@ def compare_many(
     _check_states(dense, candidates, readout, candidate_readout, temperature, top_k)
     keep_freed_memory()
     settings = Settings(float(temperature), top_k, compiled)
-    vocab, same_readout = len(readout.weight), readout.same(candidate_readout)
-    block = block or max(16, ROW_BLOCK_ELEMENTS // vocab)
-    space = dense.new_empty((2, min(block, len(dense)), vocab), dtype=torch.float32)
+    same_readout = readout.same(candidate_readout)
+    if space is None:
+        space = workspace(readout, block or len(dense), dense.device)
+    block = min(block or len(dense), space.shape[1])
     done: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(dense), block):
         here = slice(start, start + block)
         z = readout.logits(readout.states(dense[here]), space[0])
+        first = leaders(z, top_k)
         for columns, states in zip(done, candidates, strict=True):
             if same_readout and torch.equal(states[here], dense[here]):
                 y = z
             else:
                 y = candidate_readout.logits(candidate_readout.states(states[here]), space[1])
-            columns.append(reduce_block(z, y, settings))
+            columns.append(reduce_block(z, y, settings, first))
     return [dict(zip(FIGURES, torch.cat(columns).T, strict=True)) for columns in done]
+
+
+def workspace(readout: Readout, positions: int, device: torch.device) -> Tensor:
+    """Room for a block of logits of both models, `(2, row, vocab)`: at most 64 MB each."""
+    rows = max(16, ROW_BLOCK_ELEMENTS // len(readout.weight))
+    shape = (2, min(rows, positions), len(readout.weight))
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _rows(z: Tensor, y: Tensor, settings: Settings) -> Tensor:
+    return reduce_rows(z, y, settings, leaders(z, settings.top_k))
 
 
 # --- masks and errors --------------------------------------------------------------------------
@@ -199,7 +223,7 @@ def _masked_row(z: Tensor, y: Tensor, settings: Settings) -> Tensor:
     lost, gained = hidden_candidate & ~hidden, hidden & ~hidden_candidate
     floor = -1e4 * settings.temperature  # exp of it is 0
     z, y = z.masked_fill(hidden, floor)[keep], y.masked_fill(hidden_candidate, floor)[keep]
-    row = reduce_rows(z[None], y[None], settings)[0]
+    row = _rows(z[None], y[None], settings)[0]
     if bool(lost.any()) or bool(gained.any()):
         unknown = [i for i, n in enumerate(FIGURES) if n.endswith(("_z", "_paper", "_corrected"))]
         unknown += [FIGURES.index(n) for n in ("var_p", "var_r", "var_uniform", "third_cumulant")]

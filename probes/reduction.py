@@ -4,13 +4,14 @@ Three things make float32 enough:
 
 * the log-normaliser ratio c = log E_p[exp(dz/T)] is corrected until E_p[p'/p] = 1 holds, so that
   u = log p'/p = dz/T - c is right to its own scale and not only to that of the logits;
-* every divergence is a sum of non-negative terms in a = |u|, weighted by the larger of p and p':
+* every divergence is a sum of terms that are not negative, each from a series where u is small:
   nothing cancels and nothing overflows;
 * moments are centred before they are squared, each under its own weights.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,11 +22,18 @@ from torch import Tensor
 
 from ..analysis import formulas
 
-CACHE_ELEMENTS = 320_000  # elements reduced at a time, so that temporaries stay in cache
-ACCELERATOR_ELEMENTS = 256_000_000  # the same where memory is not a cache
+BLOCK_ELEMENTS = 4_000_000  # elements whose rows are reduced together
+CACHE_ELEMENTS = (
+    100_000  # the same per thread for one plain pass, so that temporaries stay in cache
+)
+ACCELERATOR_ELEMENTS = 256_000_000  # both, where memory is not a cache
+TILE = 1024  # tokens that a fused pass sums in float32, in registers, before float64 takes over
+NEAR = 0.25  # a series up to here, differences and logarithms beyond
 GROUP = 64  # tokens whose maximum stands for them while the top k are searched
 CORRECTIONS = 4  # at most so many corrections of c; one is rarely needed
 TOLERANCE = 1e-5  # of c, against the scale of u
+
+LOGGER = logging.getLogger(__name__)
 
 FIGURES = (
     "cosine_z", "angular_z", "parallel_z", "orthogonal_z",
@@ -64,46 +72,55 @@ class Settings:
 
     def rows(self, logits: Tensor) -> int:
         """Rows that are reduced together."""
-        elements = CACHE_ELEMENTS if logits.device.type == "cpu" else ACCELERATOR_ELEMENTS
+        elements = BLOCK_ELEMENTS if logits.device.type == "cpu" else ACCELERATOR_ELEMENTS
         return max(1, elements // max(1, logits.shape[-1]))
 
 
-def reduce_block(z: Tensor, y: Tensor, settings: Settings) -> Tensor:
-    """`(row, figure)` in float64 of a block of logits, a few rows at a time."""
-    step = settings.rows(z)
-    if z is y:
-        return torch.cat([_unshifted(z[i : i + step], settings) for i in range(0, len(z), step)])
-    return torch.cat(
-        [reduce_rows(z[i : i + step], y[i : i + step], settings) for i in range(0, len(z), step)]
-    )
+Leaders = tuple[Tensor, Tensor]
 
 
-def reduce_rows(z: Tensor, y: Tensor, settings: Settings) -> Tensor:
+def reduce_block(z: Tensor, y: Tensor, settings: Settings, first: Leaders) -> Tensor:
+    """`(row, figure)` in float64 of a block of logits and the `leaders` of `z`, a few rows at a time."""
+    step, parts = settings.rows(z), []
+    for start in range(0, len(z), step):
+        here = slice(start, start + step)
+        top = first[0][here], first[1][here]
+        parts.append(
+            _unshifted(z[here], settings, top) if z is y
+            else reduce_rows(z[here], y[here], settings, top)
+        )  # fmt: skip
+    return torch.cat(parts)
+
+
+def reduce_rows(z: Tensor, y: Tensor, settings: Settings, first: Leaders) -> Tensor:
     """`(row, figure)` in float64 of finite float32 logits `(row, vocab)`."""
     T = settings.temperature
-    first, second = _passes(settings.compiled)
-    top, top_index = leaders(z, settings.top_k)
+    top, top_index = first
     best, best_index = leaders(y, settings.top_k)
-    rows = _rows(top, best, first(z, y, top_index[:, :1], best_index[:, :1], T), T)
-    sums = second(z, y, _constants(rows, T), T)
+    shift = y.gather(1, top_index[:, :1]) - top[:, :1]
+    ends = _Ends(top[:, :1], best[:, :1], shift, torch.full_like(shift, 1 / T))
+    rows = _rows(ends, _sums(_first_pass, z, y, ends, settings), z.shape[-1], T)
+    sums = _sums(_second_pass, z, y, _constants(rows, T), settings)
     for _ in range(CORRECTIONS):
-        gap, drift = sums[0].double(), sums[1].double()
-        if bool((drift.abs() <= TOLERANCE * gap).all()):
+        gap, drift = sums[0], sums[1]
+        off = torch.nonzero(drift.abs() > TOLERANCE * gap)[:, 0]
+        if not len(off):
             break
-        rows["c"] = rows["c"] + torch.log1p(drift)
-        sums = second(z, y, _constants(rows, T), T)
+        rows["c"][off] += torch.log1p(drift[off])
+        some = _constants({name: value[off] for name, value in rows.items()}, T)
+        sums[:, off] = _sums(_second_pass, z[off], y[off], some, settings)
     heads = {
         "flip": (top_index[:, 0] != best_index[:, 0]).double(),
         "margin": (top[:, 0] - top[:, 1]).double(),
         "overlap": (top_index[:, :, None] == best_index[:, None, :]).any(-1).double().mean(-1),
     }
-    figures = _assemble(rows, [s.double() for s in sums], T) | heads
+    figures = _assemble(rows, sums, z.shape[-1], T) | heads
     return torch.stack([figures[name] for name in FIGURES], dim=-1)
 
 
-def _unshifted(z: Tensor, settings: Settings) -> Tensor:
+def _unshifted(z: Tensor, settings: Settings, first: Leaders) -> Tensor:
     """`reduce_rows(z, z)`: every shift is exactly zero, only the entropy and the margin need the row."""
-    top, index = leaders(z, settings.top_k)
+    top, index = first
     lz = (z - top[:, :1]).div_(settings.temperature)
     e = torch.exp(lz)
     e_lz = _dot(e, lz).double()
@@ -118,53 +135,170 @@ def _unshifted(z: Tensor, settings: Settings) -> Tensor:
     return row
 
 
-def _first_pass(
-    z: Tensor, y: Tensor, top_index: Tensor, best_index: Tensor, T: float
-) -> tuple[Tensor, ...]:
-    """Normalisers, entropies and means of dz: eleven sums over the vocabulary, per row."""
+# --- the two passes over the vocabulary --------------------------------------------------------
+
+Sums = tuple[Tensor, ...]
+
+
+def _sums(
+    kernel: Callable[..., Sums], z: Tensor, y: Tensor, constants: Any, settings: Settings
+) -> Tensor:
+    """The sums of a pass over each row, float64 `(sum, row)`."""
+    fused = settings.compiled and len(z) > 1  # a single row would be compiled for itself
+    whole = z.shape[-1] // TILE * TILE if fused else 0
+    parts: list[Tensor] = []
+    if whole:
+        wide = type(constants)(*(value[:, :, None] for value in constants))
+        tiles = (x[:, :whole].unflatten(-1, (-1, TILE)) for x in (z, y))
+        parts.append(torch.stack(_fused(kernel)(*tiles, wide)).sum(-1, dtype=torch.float64))
+    if whole < z.shape[-1]:
+        parts.append(_plain(kernel, z[:, whole:], y[:, whole:], constants))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _plain(kernel: Callable[..., Sums], z: Tensor, y: Tensor, constants: Any) -> Tensor:
+    """A pass without fusion, so many rows at a time as the cache takes: `(sum, row)`."""
+    elements = CACHE_ELEMENTS * torch.get_num_threads()
+    if z.device.type != "cpu":
+        elements = ACCELERATOR_ELEMENTS
+    step = max(1, elements // z.shape[-1])
+    done: list[Tensor] = []
+    for start in range(0, len(z), step):
+        here = slice(start, start + step)
+        some = type(constants)(*(value[here] for value in constants))
+        done.append(torch.stack(kernel(z[here], y[here], some)))
+    return torch.cat(done, dim=1).double()
+
+
+@cache
+def fusible() -> bool:
+    """Whether `torch.compile` works here (it needs a C++ compiler); tried once, on a few rows."""
+    z = torch.zeros(2, 2 * TILE)
+    z[:, 0], y = 1.0, torch.ones(2, 2 * TILE)
+    try:
+        reduce_rows(z, y, Settings(1.0, 2, True), leaders(z, 2))
+    except Exception as error:  # whatever a compiler or its absence raises
+        LOGGER.warning("torch.compile does not work here, measuring unfused: %s", error)
+        return False
+    return True
+
+
+@cache
+def _fused(kernel: Callable[..., Sums]) -> Callable[..., Sums]:
+    """The pass as one loop over the vocabulary: nothing but its sums is stored."""
+    options: dict[str, Any] = {
+        "max_fusion_size": 10**6,
+        "realize_opcount_threshold": 10**6,
+        "realize_reads_threshold": 10**6,
+        "realize_acc_reads_threshold": 10**6,
+        "cpp.enable_floating_point_contract_flag": "fast",
+    }
+    return torch.compile(kernel, dynamic=True, options=options)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        return (x * y).sum(-1)
+    return torch.linalg.vecdot(x, y)
+
+
+def _exp(x: Tensor) -> Tensor:
+    """exp(x) for x <= 0, overwriting `x`.
+
+    Fused, it is written out, since a call in the loop would send every sum to memory and back:
+    2^n exp(f) with n whole and |f| <= log(2)/2.
+    """
+    if not torch.compiler.is_compiling():
+        return x.exp_()
+    n = torch.round(x.clamp(min=-87.0) * 1.4426950408889634)
+    f = (x.clamp(min=-87.0) - n * 0.693359375) + n * 2.12194440e-4
+    series = 1 / 120 + f * (1 / 720 + f * (1 / 5040))
+    series = 1 + f * (1 + f * (0.5 + f * (1 / 6 + f * (1 / 24 + f * series))))
+    return series * ((n.to(torch.int32) + 127) << 23).view(torch.float32)
+
+
+def _below(x: Tensor, bound: float) -> Tensor:
+    """1 where |x| < bound, else 0."""
+    if torch.compiler.is_compiling():
+        return x.abs() < bound
+    size = x.abs()
+    return torch.lt(size, bound, out=size)
+
+
+def _select(mask: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """`x` where the mask of `_below` holds, else `y`, exactly. A plain select costs an exponential."""
+    if torch.compiler.is_compiling():
+        return torch.where(mask, x, y)
+    return torch.lerp(y, x, mask, out=y)
+
+
+class _Ends(NamedTuple):
+    """Row constants of the first pass, `(row, 1)` float32."""
+
+    top: Tensor
+    best: Tensor
+    shift: Tensor  # dz of the largest token: means are taken from there
+    inverse: Tensor
+
+
+def _first_pass(z: Tensor, y: Tensor, k: _Ends) -> Sums:
+    """Normalisers, entropies and means of dz.
+
+    The largest token is left out of the normaliser (by its sign, 0, and those that equal it by
+    their count): its weight is exactly 1, and a saturated distribution keeps all the digits of
+    what is not on that token.
+    """
     d = y - z
-    lz = (z - z.gather(1, top_index)).div_(T)
-    e = torch.exp(lz)
+    dz = _dot(z, z), _dot(z, d), _dot(z, y)
+    d.sub_(k.shift)
+    lz = (z - k.top).mul_(k.inverse)
+    e = _exp(lz.clone())
     e_lz, e_d = _dot(e, lz), _dot(e, d)
-    zd, zy = _dot(z, d), _dot(z, y)
-    ee = torch.mul(e, e, out=lz)
-    ee_, ee_d = ee.sum(-1), _dot(ee, d)
-    ly = torch.sub(y, y.gather(1, best_index), out=lz).div_(T)
-    # The largest token is left out: its weight is exactly 1, and a saturated distribution keeps
-    # all the digits of what is not on that token.
-    rest_w = e.scatter_(1, top_index, 0.0).sum(-1)
-    v = torch.exp(ly, out=e)
+    below = torch.sign(lz)
+    rest_w = below.sum(-1), _dot(e, below)
+    e.mul_(e)
+    collision = e.sum(-1), _dot(e, d)
+    ly = (y - k.best).mul_(k.inverse)
+    v = _exp(ly.clone())
     v_ly = _dot(v, ly)
-    rest_v = v.scatter_(1, best_index, 0.0).sum(-1)
-    return rest_w, rest_v, e_lz, v_ly, e_d, ee_, ee_d, d.mean(-1), _dot(z, z), zd, zy
+    below = torch.sign(ly)
+    return (*rest_w, below.sum(-1), _dot(v, below), e_lz, v_ly, e_d, *collision, d.sum(-1), *dz)
 
 
-def _rows(top: Tensor, best: Tensor, sums: tuple[Tensor, ...], T: float) -> dict[str, Tensor]:
+def _rows(ends: _Ends, sums: Tensor, vocab: int, T: float) -> dict[str, Tensor]:
     """What the first pass says of each row, in float64."""
-    rest_w, rest_v, e_lz, v_ly, e_d, ee, ee_d, mean_u, zz, zd, zy = (s.double() for s in sums)
+    below_w, e_below, below_v, v_below, e_lz, v_ly, e_d, ee, ee_d, sum_d, zz, zd, zy = sums
+    top, best, shift, _ = (value[:, 0].double() for value in ends)
+    rest_w, rest_v = vocab + below_w - 1 - e_below, vocab + below_v - 1 - v_below
     log_w, log_v = torch.log1p(rest_w), torch.log1p(rest_v)
     return {
-        "top": top[:, 0].double(),
-        "best": best[:, 0].double(),
+        "top": top,
+        "best": best,
         "log_w": log_w,
         "log_v": log_v,
-        "c": (best[:, 0].double() - top[:, 0].double()) / T + (log_v - log_w),
-        "shift": (e_d / (1 + rest_w)).float().double(),
+        "shift": shift,
+        "c": (best - top) / T + (log_v - log_w) - shift / T,
         "mean_p": e_d / (1 + rest_w),
         "mean_r": ee_d / ee,
-        "mean_u": mean_u,
+        "mean_u": sum_d / vocab,
         "zz": zz,
         "alpha": zd / zz,
-        # 1 + alpha, from whichever sum does not cancel in it
-        "k": torch.where(zd.abs() < zz / 2, 1 + zd / zz, zy / zz),
+        "k": _one_plus(zd, zz, zy),
+        "pp": ee / (1 + rest_w) ** 2,
         "entropy": log_w - e_lz / (1 + rest_w),
         "entropy_candidate": log_v - v_ly / (1 + rest_v),
     }
 
 
-class _Constants(NamedTuple):
-    """Row constants of the second pass, `(row, 1)` float32, relative to the common shift of dz."""
+def _one_plus(part: Tensor, whole: Tensor, both: Tensor) -> Tensor:
+    """1 + part/whole, where both = whole + part: from whichever does not cancel."""
+    return torch.where(part.abs() < whole / 2, 1 + part / whole, both / whole)
 
+
+class _Constants(NamedTuple):
+    """Row constants of the second pass, `(row, 1)` float32, relative to the shift of the largest token."""
+
+    inverse: Tensor
     top: Tensor
     best: Tensor
     log_w: Tensor
@@ -180,68 +314,70 @@ class _Constants(NamedTuple):
 
 
 def _constants(rows: dict[str, Tensor], T: float) -> _Constants:
-    shift = rows["shift"]
     mean_x = rows["mean_r"] / T - rows["c"]  # E_r[u]
     values = [
-        *(rows[k] for k in ("top", "best", "log_w", "log_v")),
-        shift, rows["c"] * T - shift,
-        *(rows[k] - shift for k in ("mean_p", "mean_r", "mean_u")), rows["alpha"],
+        torch.full_like(mean_x, 1 / T),
+        *(rows[k] for k in ("top", "best", "log_w", "log_v", "shift")), rows["c"] * T,
+        *(rows[k] for k in ("mean_p", "mean_r", "mean_u", "alpha")),
         mean_x.clamp(max=0).exp(), (-mean_x.clamp(min=0)).exp(),
     ]  # fmt: skip
-    return _Constants(*(value.float()[:, None] for value in values))
+    return _Constants(*torch.stack(values).float()[:, :, None].unbind())
 
 
-def _second_pass(z: Tensor, y: Tensor, k: _Constants, T: float) -> tuple[Tensor, ...]:
-    """Everything that needs the normalisers: sums over the vocabulary, per row.
+def _second_pass(z: Tensor, y: Tensor, k: _Constants) -> Sums:
+    """Everything that needs the normalisers.
 
-    Here and below branches are written as arithmetic, since a select costs as much as an
-    exponential, and temporaries are overwritten, since memory does too.
+    Unfused, every line here is a trip through the cache: temporaries are overwritten.
     """
     d = y - z
     back = d - y
     lost = (d - back).neg_().add_(y).sub_(back.add_(z))  # what y - z rounded away, exactly
     d.sub_(k.shift).add_(lost)
-    across = torch.addcmul(d + k.shift, k.alpha.neg(), z).square_().sum(-1)
-    del back, lost
-    p = ((z - k.top) / T).sub_(k.log_w).exp_()
-    q = ((y - k.best) / T).sub_(k.log_v).exp_()
-    masses = p.sum(-1), _dot(p, p), _dot(q, q), _dot(p, q)
-    return (*_divergences((d - k.c).div_(T), p, q), *masses, *_moments(d, p, q, k, T), across)
+    side = torch.addcmul(d + k.shift, k.alpha.neg(), z)
+    p = _exp((z - k.top).mul_(k.inverse).sub_(k.log_w))
+    q = _exp((y - k.best).mul_(k.inverse).sub_(k.log_v))
+    divergences = _divergences((d - k.c).mul_(k.inverse), p, q)
+    return (*divergences, _dot(p, q), *_moments(d, p, q, k), _dot(side, side))
 
 
-def _divergences(u: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, ...]:
+def _share(b: Tensor) -> Tensor:
+    """exp(b) - 1 - b without cancellation, |b| <= NEAR."""
+    series = b.mul(1 / 720).add_(1 / 120).mul_(b).add_(1 / 24).mul_(b).add_(1 / 6)
+    return series.mul_(b).add_(0.5).mul_(b).mul_(b)
+
+
+def _log_cosh(p: Tensor, q: Tensor) -> Tensor:
+    """2 log cosh(u/2) - |u| of u = log p'/p: 4 artanh of s in [-1/3, 0], by its series."""
+    low, high = torch.minimum(p, q), torch.maximum(p, q).clamp_(min=1e-37)
+    s = (low - high).div_(low.add_(high, alpha=3))
+    x = s * s
+    series = x.mul(4 / 9).add_(4 / 7).mul_(x).add_(4 / 5).mul_(x).add_(4 / 3).mul_(x).add_(4)
+    return series.mul_(s)
+
+
+def _divergences(u: Tensor, p: Tensor, q: Tensor) -> Sums:
     """Sums of |p' - p|, p' - p, p (p' - p), and KL, reverse KL, JS, from u = log p'/p.
 
-    With a = |u| each is a sum of max(p, p') f(a), f >= 0; `rises` (1 where p' is the larger, else
-    0) says whose share is whose.
+    KL is the sum of p (exp(u) - 1 - u), its reverse of p' (exp(-u) - 1 + u): terms that are not
+    negative, from a series where u is small and from p' - p where it is not. So is JS, of
+    ((p' - p) u - (p + p') L) / 4 with L = 2 log cosh(u/2).
     """
-    sign = torch.sign(u)
-    rises = sign.add(1).div_(2)
-    a = u.abs_()
-    high = torch.maximum(p, q)
-    # share = exp(-a) - 1 + a without cancellation: its series up to b = min(a, 1/4), then on from b
-    b = a.clamp(max=0.25)
-    share = b.mul(1 / 720).sub_(1 / 120).mul_(b).add_(1 / 24).mul_(b).sub_(1 / 6).mul_(b).add_(0.5)
-    share.mul_(b).mul_(b)
-    w = b - share  # 1 - exp(-b), and from here to 1 - exp(-a)
-    beyond = a - b
-    step = torch.expm1(beyond.neg()).mul_(w - 1)
-    w.add_(step)
-    share.add_(beyond.sub_(step))
-    other = (a * w).sub_(share)
-    gap = high * w
-    up = rises.mul_(high)
-    down = high - up
-    kl = _dot(down, share) + _dot(up, other)
-    kl_reverse = _dot(down, other) + _dot(up, share)
-    gaps = gap.sum(-1), _dot(gap, sign), _dot(gap.mul_(sign), p)
-    e = a.clamp_(max=80.0)  # where exp(-a) still squares within float32; js is flat beyond
-    log_cosh = (w * w).div_(torch.exp(-e)).div_(4).log1p_()  # twice log cosh(a/2)
-    js = _dot(high, e.mul_(w).sub_(log_cosh.mul_(w.neg_().add_(2)))) / 4
-    return (*gaps, kl, kl_reverse, js)
+    near = _below(u, NEAR)
+    b = u.clamp(-NEAR, NEAR)
+    share = _share(b)
+    gap = _select(near, (b + share).mul_(p), q - p)
+    kl = _select(near, share.mul_(p), gap - p * u)
+    back = _select(near, gap * u - kl, q * u - gap)
+    b.mul_(b)
+    series = b.mul(1 / 1440).sub_(1 / 96).mul_(b).add_(0.25).mul_(b)
+    u = u.clamp(-80.0, 80.0)  # js is flat beyond
+    far = _log_cosh(p, q).add_(u.abs())
+    js = (u.mul_(gap)).sub_((p + q).mul_(_select(near, series, far)))
+    gaps = gap.abs().sum(-1), gap.sum(-1), _dot(gap, p)
+    return (*gaps, kl.sum(-1), back.sum(-1), js.sum(-1))
 
 
-def _moments(d: Tensor, p: Tensor, q: Tensor, k: _Constants, T: float) -> tuple[Tensor, ...]:
+def _moments(d: Tensor, p: Tensor, q: Tensor, k: _Constants) -> Sums:
     """Centred moments of dz under p, r and uniform weights, and the angle of p' across p.
 
     Overwrites `d` and `q`.
@@ -250,28 +386,27 @@ def _moments(d: Tensor, p: Tensor, q: Tensor, k: _Constants, T: float) -> tuple[
     px = p * x
     pxx = px * x
     moments = px.sum(-1), pxx.sum(-1), _dot(pxx, x)
-    xr = torch.sub(d, k.mean_r, out=x)
-    ppx = torch.mul(p, p, out=px).mul_(xr)
+    xr = torch.sub(d, k.mean_r)
+    ppx = (p * p).mul_(xr)
     collision = ppx.sum(-1), _dot(ppx, xr)
-    turn = torch.sign(xr)
-    weight = torch.maximum(p * k.shrink_p, q.mul_(k.shrink_q)).mul_(turn)
-    residual = torch.expm1(xr.abs_().div_(-T)).neg_().mul_(weight)
+    turn = xr.mul_(k.inverse)
+    b = turn.clamp(-NEAR, NEAR)
+    shrunk = p * k.shrink_p
+    residual = _select(
+        _below(turn, NEAR), _share(b).add_(b).mul_(shrunk), q.mul_(k.shrink_q).sub_(shrunk)
+    )
     angle = _dot(p, residual), _dot(residual, residual)
     xu = d.sub_(k.mean_u)
-    return (*moments, *collision, *angle, xu.mean(-1), _dot(xu, xu) / xu.shape[-1])
+    return (*moments, *collision, *angle, xu.sum(-1), _dot(xu, xu))
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(-1)
-
-
-def _assemble(rows: dict[str, Tensor], sums: list[Tensor], T: float) -> Figures:
+def _assemble(rows: dict[str, Tensor], sums: Tensor, vocab: int, T: float) -> Figures:
     """The figures of each row from its sums, in float64."""
-    (gap, drift, p_signed, kl, kl_reverse, js, p, pp, qq, pq, px, pxx, pxxx,
-     ppx, ppxx, p_residual, residual2, mean_u, uniform, across) = sums  # fmt: skip
-    mean, second = px / p, pxx / p
-    var_p = second - mean**2
-    third = pxxx / p - 3 * mean * second + 2 * mean**3
+    (gap, drift, p_signed, kl, kl_reverse, js, pq, px, pxx, pxxx,
+     ppx, ppxx, p_residual, residual2, sum_u, uniform, across) = sums  # fmt: skip
+    var_p = pxx - px**2
+    third = pxxx - 3 * px * pxx + 2 * px**3
+    pp = rows["pp"]
     var_r = ppxx / pp - (ppx / pp) ** 2
     mean_x = rows["mean_r"] / T - rows["c"]
     orthogonal_p = ((residual2 / pp - (p_residual / pp) ** 2).clamp(min=0)).sqrt()
@@ -279,23 +414,24 @@ def _assemble(rows: dict[str, Tensor], sums: list[Tensor], T: float) -> Figures:
     alpha, alpha_p = rows["alpha"], (p_signed / pp - drift) / (1 + drift)
     orthogonal_z = (across / rows["zz"]).sqrt()
     angular_z = formulas.angular_exact(rows["k"], orthogonal_z)
-    angular_p = formulas.angular_exact(pq / pp, orthogonal_p)
+    k_p = _one_plus(p_signed, pp, pq)
+    angular_p = formulas.angular_exact(k_p, orthogonal_p)
     return {
         "cosine_z": 1 - angular_z,
         "angular_z": angular_z,
         "parallel_z": alpha.abs(),
         "orthogonal_z": orthogonal_z,
-        "cosine_p": pq / (pp * qq).sqrt(),
+        "cosine_p": k_p / torch.hypot(k_p, orthogonal_p),
         "angular_p": angular_p,
         "parallel_p": alpha_p.abs(),
         "orthogonal_p": orthogonal_p,
         "kl": kl,
         "kl_reverse": kl_reverse,
-        "js": js,
+        "js": js / 4,
         "tv": gap / 2,
         "var_p": var_p,
         "var_r": var_r,
-        "var_uniform": uniform - mean_u**2,
+        "var_uniform": uniform / vocab - (sum_u / vocab) ** 2,
         "third_cumulant": third,
         "validity": formulas.validity(var_p, third, T),
         "entropy": rows["entropy"],
@@ -305,13 +441,6 @@ def _assemble(rows: dict[str, Tensor], sums: list[Tensor], T: float) -> Figures:
         "angular_p_estimate": formulas.angular_p_estimate(var_r, T),
         "kl_estimate": formulas.kl_estimate(var_p, T),
     }
-
-
-@cache
-def _passes(compiled: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    if not compiled:
-        return _first_pass, _second_pass
-    return torch.compile(_first_pass, dynamic=True), torch.compile(_second_pass, dynamic=True)
 
 
 # --- the largest tokens ------------------------------------------------------------------------

@@ -51,16 +51,16 @@ def roles(module: nn.Module, anatomy: Anatomy, batch: Batch) -> dict[str, Tensor
     attn, mlp = _added(anatomy, "attn"), _added(anatomy, "mlp")
     with torch.no_grad(), model.trace(**batch, use_cache=False):
         found.save()
-        found["embed"] = model.get(anatomy.embed).output.clone()
+        found["embed"] = model.get(anatomy.embed).output
         for i, block in enumerate(model.get(anatomy.layers)):
-            found[f"layer.{i}.input"] = block.input.clone()
-            found[f"layer.{i}.attn"] = first(block.get(attn).output).clone()
-            found[f"layer.{i}.mlp"] = first(block.get(mlp).output).clone()
-            found[f"layer.{i}.output"] = first(block.output).clone()
+            found[f"layer.{i}.input"] = block.input
+            found[f"layer.{i}.attn"] = first(block.get(attn).output)
+            found[f"layer.{i}.mlp"] = first(block.get(mlp).output)
+            found[f"layer.{i}.output"] = first(block.output)
         norm = model.get(anatomy.final_norm)
-        found["final_norm.input"] = norm.input.clone()
-        found["final_norm.output"] = norm.output.clone()
-        found["logits"] = model.output.logits.clone()
+        found["final_norm.input"] = norm.input
+        found["final_norm.output"] = norm.output
+        found["logits"] = model.output.logits
     return found
 
 

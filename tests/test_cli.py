@@ -1,5 +1,6 @@
 """The command line, as a user meets it: real processes on a tiny model."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import xarray as xr
 from prunescope.reports.cli import main
+from prunescope.reports.progress import Progress
 
 COMMAND = [sys.executable, "-c", "from prunescope.reports.cli import main; main()"]
 
@@ -233,6 +235,15 @@ def test_ctrl_c_keeps_finished_cells_and_the_same_command_resumes(tiny_folder, t
     assert done.returncode == 0, done.stderr
     assert len(list(out.glob("cells/*.nc"))) == 6
     assert {p.name: p.stat().st_mtime_ns for p in out.glob("cells/*.nc") if p.name in kept} == kept
+
+
+def test_a_swallowed_ctrl_c_is_raised_again():
+    with Progress() as progress, progress.task("work") as tick:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            tick(0.5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_help_of_every_verb_suffices():
