@@ -10,7 +10,7 @@ import xarray as xr
 from scipy import stats
 
 from . import formulas
-from .statistics import Interval, interval, resamples
+from .statistics import Interval, bootstrap, interval, resamples
 
 SMALLEST = 1e-9
 """Shifts below this are rounding of the models themselves and say nothing about a theorem."""
@@ -126,6 +126,37 @@ class Limit:
     error: Interval
     beyond: float
     prompts: int
+
+
+@dataclass(frozen=True)
+class Departure:
+    """How far a candidate is from second order: median validity and median relative error of
+    KL ~ Var_p/2T² over positions, intervals over prompts."""
+
+    validity: Interval
+    error: Interval
+    prompts: int
+
+
+def departure(output: xr.Dataset, temperature: float) -> Departure | None:
+    """The departure at the output (dims `prompt, token`); None where nothing shifts."""
+    data = output.transpose("prompt", "token", ...)
+    kl, var_p, validity = (data[n].values.astype(float) for n in ("kl", "var_p", "validity"))
+    usable = kl > SMALLEST
+    if not usable.any(axis=1).all():
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        error = np.abs(formulas.kl_estimate(var_p, temperature) / kl - 1)
+    found: list[Interval] = []
+    for values in (validity, error):
+        kept = np.where(usable, values, np.nan)
+
+        def middle(pick: np.ndarray, kept: np.ndarray = kept) -> np.ndarray:
+            chosen = kept[pick]
+            return np.nanmedian(chosen.reshape(*chosen.shape[:-2], -1), axis=-1)
+
+        found.append(bootstrap(middle, len(kl), draws=500))
+    return Departure(found[0], found[1], len(kl))
 
 
 BIN = 64  # positions that are judged together along the validity

@@ -117,25 +117,28 @@ def layers(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
 
 
 def _layers(name: str, data: xr.Dataset) -> Picture:
-    figure = Figure(figsize=(9.2, 2.7))
-    axes = figure.subplots(1, 3)
+    figure = Figure(figsize=(9.2, 5.2))
+    axes = figure.subplots(2, 2).ravel()
     angular, kl = hierarchy.by_layer(data.angular), hierarchy.by_layer(data.kl)
     for axis, effect in zip(axes[:2], ("local", "propagated"), strict=True):
         for space, colour in COLOURS.items():
             if space != "kl":
                 _curve(axis, angular.sel(effect=effect, space=space), colour, SPACE_NAMES[space])
         axis.set_title(f"1 − cosine, {effect}", fontsize=9)
-        axis.set_xlabel("layer")
-        axis.set_yscale("log")
     for effect, style in (("local", ":"), ("propagated", "-")):
         _curve(axes[2], kl.sel(effect=effect), COLOURS["kl"], effect, style)
     axes[2].set_title("KL(p‖p′), nat", fontsize=9)
-    axes[2].set_xlabel("layer")
-    axes[2].set_yscale("log")
+    steps = hierarchy.amplification_by_layer(data.angular).sel(effect="propagated")
+    axes[3].axhline(1, color="#999999", lw=0.8, ls="--")
+    for step, colour in zip(steps.step.values, (COLOURS["z"], COLOURS["p"]), strict=True):
+        _curve(axes[3], steps.sel(step=step), colour, str(step).replace("->", " → "))
+    axes[3].set_title("amplification of 1 − cosine, propagated", fontsize=9)
     for axis in axes:
+        axis.set_xlabel("layer")
+        axis.set_yscale("log")
         axis.set_xlim(-0.5, data.sizes["layer"])
-    axes[2].legend(frameon=False, fontsize=7.5)
-    axes[1].legend(frameon=False, fontsize=7.5)
+    for axis in axes[1:]:
+        axis.legend(frameon=False, fontsize=7.5)
     figure.tight_layout()
     last = angular.sel(effect="propagated").isel(layer=-1, site=-1)["mean"]
     told = ", ".join(f"{SPACE_NAMES[s]} {float(last.sel(space=s)):.2g}" for s in ("h", "z", "p"))
@@ -144,6 +147,7 @@ def _layers(name: str, data: xr.Dataset) -> Picture:
         "of the layer, MLP half a step later), read out through the "
         f"{'final norm' if data.attrs.get('lens') == 'norm' else 'raw lens'}. Local: this sublayer's "
         "compression alone, on the dense model's own input. Propagated: what has come together so far. "
+        "Amplification: mean 1 − cosine of one space over that of the one before it; above 1 magnified. "
         "Bands: 95 % over prompts; no point means exactly no shift."
     )
     alternative = f"Curves over layers for {name}. After the last layer, 1 minus cosine is: {told}."
@@ -192,6 +196,45 @@ def theorems(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     return [
         _finish("theory", figure, caption, "Two-dimensional histograms. " + "; ".join(told) + ".")
     ]
+
+
+def validity(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
+    """Where second order stops: validity and the error that goes with it, against bytes saved."""
+    found: dict[str, tuple[float, theory.Departure]] = {}
+    for name, cell in cells.items():
+        if {"output", "cost"} <= set(cell.children):
+            output, cost = cell["output"].to_dataset(), cell["cost"].to_dataset()
+            departure = theory.departure(output, float(output.attrs.get("temperature", 1.0)))
+            packed = cost.bytes_packed.sel(model=["dense", "candidate"]).values
+            if departure is not None:
+                found[name] = (100 * (1 - packed[1] / packed[0]), departure)
+    if not found:
+        return []
+    figure = Figure(figsize=(9.2, 3))
+    axes = figure.subplots(1, 2)
+    for axis, field, title in (
+        (axes[0], "validity", "third order over second, |κ₃| / 3κ₂T"),
+        (axes[1], "error", "relative error of Var_p[Δz] / 2T²"),
+    ):
+        for name, (saved, departure) in found.items():
+            value, low, high = getattr(departure, field)
+            axis.plot([saved, saved], [low, high], color=COLOURS["kl"], lw=1.5)
+            axis.plot([saved], [value], "o", ms=4.5, color=COLOURS["kl"])
+            axis.annotate(name, (saved, value), (5, 4), textcoords="offset points", fontsize=7.5)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("bytes saved, packed, %")
+        axis.set_yscale("log")
+        axis.margins(x=0.25)
+    figure.tight_layout()
+    told = "; ".join(
+        f"{n}: {saved:.0f} % saved, validity {d.validity.value:.2g}, error {d.error.value:.2g}"
+        for n, (saved, d) in found.items()
+    )
+    caption = (
+        "How far second order describes each candidate, against the amount of compression: medians over "
+        "the positions at the output, 95 % over prompts. Well below 1 on the left, Theorems 2 and 3 hold."
+    )
+    return [_finish("validity", figure, caption, f"Points by bytes saved. {told}.")]
 
 
 def _theory_pairs(cell: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -243,5 +286,6 @@ FIGURES: tuple[Callable[[Mapping[str, xr.DataTree]], list[Picture]], ...] = (
     retention,
     layers,
     theorems,
+    validity,
 )
 """Every figure. A new one is a function from cells to pictures, and a row here."""

@@ -222,6 +222,63 @@ def make_cell(name="mlp-drop@3", layers=4, prompts=6, tokens=5, kl_scale=1.0):
     return schema.tree(groups, {"recipe": name, "model": "tiny", "versions": {"numpy": "2"}})
 
 
+def shifts_of(size, prompts=12, tokens=40, layers=3, spread=0.0):
+    """`/shifts`-like figures of exactly Gaussian dz, but for a cubic term of known size."""
+    rng = np.random.default_rng(1)
+    shape = (prompts, tokens, layers, 2)
+    validity = rng.uniform(0.01, size, shape)
+    kl = rng.lognormal(-3, 1, shape)
+    dims = ("prompt", "token", "layer", "site")
+    estimate = kl * (1 + spread * validity)
+    coords = {"layer": np.arange(layers), "site": ["attn", "mlp"]}
+    values = {"kl": kl, "var_p": 2 * estimate, "var_r": 2 * estimate, "validity": validity}
+    angular = np.stack([kl, 2 * kl, 6 * kl], axis=-1)
+    angular[:, :, -1] *= [1.0, 5.0, 1.0]
+    data = xr.Dataset({n: (dims, v) for n, v in values.items()}, coords)
+    spaced = xr.DataArray(angular, dims=(*dims, "space"), coords={"space": list("hzp")})
+    return data.assign(angular=spaced, orthogonal=np.sqrt(2 * spaced))
+
+
+def test_the_place_where_second_order_stops_is_found():
+    found = theory.limit(shifts_of(3.0, spread=1.0), 1.0)  # a factor of 2 is exceeded from 1 on
+    assert found.validity.low <= found.validity.value <= found.validity.high
+    assert found.validity.value == pytest.approx(1.0, abs=0.1)
+    assert found.beyond == pytest.approx(2 / 3, abs=0.05)
+    assert found.error.value == pytest.approx(1.5, rel=0.1)
+
+
+def test_second_order_that_holds_everywhere_has_no_limit():
+    found = theory.limit(shifts_of(0.5, spread=1.0), 1.0)
+    assert np.isnan(found.validity.value)
+    assert found.beyond == 0
+    assert theory.limit(shifts_of(1.0, prompts=1, tokens=3), 1.0) is None
+
+
+def test_every_site_has_its_own_fit():
+    data = shifts_of(1.0)
+    data["var_p"] = data.var_p.where(data.layer != 1, 10 * data.var_p)
+    found = theory.by_site(data, 1.0)
+    assert (found.within.sel(theorem="3", layer=[0, 2]) == 1).all()
+    assert (found.within.sel(theorem="3", layer=1) == 0).all()
+    np.testing.assert_allclose(found.slope, 1, atol=0.01)
+
+
+def test_the_departure_is_a_median_over_positions():
+    data = shifts_of(1.0, spread=0.5).isel(layer=0, site=0)
+    found = theory.departure(data, 1.0)
+    assert found.validity.value == pytest.approx(float(data.validity.median()))
+    assert found.error.value == pytest.approx(0.5 * float(data.validity.median()), rel=1e-6)
+    assert found.error.low < found.error.value < found.error.high
+
+
+def test_amplification_at_every_layer():
+    found = hierarchy.amplification_by_layer(shifts_of(1.0).angular)
+    assert found["mean"].sel(step="h->z").isel(layer=0).values == pytest.approx([2, 2])
+    assert found["mean"].sel(step="z->p").isel(layer=2).values == pytest.approx([0.6, 0.6])
+    assert (found.low <= found["mean"] + 1e-12).all()
+    assert (found["mean"] <= found.high + 1e-12).all()
+
+
 def test_findings_name_what_was_planted():
     cell = make_cell()
     found = diagnose(cell)

@@ -48,7 +48,7 @@ def test_every_picture_says_what_it_shows(rendered):
     reader = Reader()
     reader.feed(rendered[2])
     images = [a for t, a in reader.tags if t == "img"]
-    assert len(images) == 4  # retention, theory, and layers of two cells
+    assert len(images) == 5  # retention, theory, validity, and layers of two cells
     for image in images:
         assert len(image["alt"]) > 40
         assert image["src"].startswith("data:image/svg+xml;base64,")

@@ -63,6 +63,8 @@ def random_model(
 def bare(model: Model, batch: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         model.module(**batch, use_cache=False)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 Row = tuple[str, float, float]
@@ -95,7 +97,7 @@ def rows(model: Model, rounds: int, prompts: list[str], layers: bool) -> list[Ro
 def layerwise(model: Model, candidate: Model, prompts: list[str], rounds: int) -> Row:
     """All layers, sites and effects against what nothing can avoid: forwards and logits."""
     batch, weight = encode(model, prompts), model.readout().weight
-    states = torch.randn(int(batch["attention_mask"].sum()), weight.shape[1])
+    states = torch.randn(int(batch["attention_mask"].sum()), weight.shape[1]).to(weight)
     products = (1 + 2) * 2 * model.layer_count  # dense, local, propagated at each of two sites
 
     def floor() -> None:
@@ -115,7 +117,7 @@ def against_paper(file: Path, width: int, vocabulary: int, rounds: int) -> list[
     released = _import(file).compute_and_log_transition_metrics
     torch.manual_seed(0)
     head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
-    h = torch.randn(32, 1, width)
+    h = torch.randn(128, 1, width)
     other = h + 0.1 * torch.randn_like(h)
 
     def theirs(x: torch.Tensor, y: torch.Tensor) -> None:
