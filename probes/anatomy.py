@@ -7,7 +7,6 @@ the forward pass of every model that is loaded (`trace.verify`), so a wrong row 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -239,10 +238,20 @@ def dropped(anatomy: Anatomy, block: nn.Module, sublayer: Sublayer) -> bool:
 def linears(anatomy: Anatomy, module: nn.Module) -> dict[str, nn.Module]:
     """Name -> every weight matrix inside the decoder layers; never embeddings or unembedding."""
     layers = module.get_submodule(anatomy.layers)
-    kinds: tuple[Callable[..., Any], ...] = (nn.Linear, _conv1d())
     return {
-        f"{anatomy.layers}.{name}": m for name, m in layers.named_modules() if isinstance(m, kinds)
+        f"{anatomy.layers}.{name}": m
+        for name, m in layers.named_modules()
+        if isinstance(m, _kinds())
     }
+
+
+def matrices_of(block: nn.Module) -> list[nn.Module]:
+    """The modules of one decoder layer that hold a weight matrix."""
+    return [m for m in block.modules() if isinstance(m, _kinds())]
+
+
+def _kinds() -> tuple[type[nn.Module], ...]:
+    return nn.Linear, _conv1d()
 
 
 def _conv1d() -> type[nn.Module]:

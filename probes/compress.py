@@ -7,27 +7,33 @@ never touched.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import trace
-from .anatomy import SUBLAYERS, Sublayer, drop, dropped, linears
-from .model import Model, encode
-from .recipe import Amount, Count, Integer, Layers, Ratio, Recipe, RecipeError
-from .tasks import data_text
+from . import prune, rank
+from .anatomy import SUBLAYERS, Sublayer, drop, dropped, linears, matrices_of
+from .layerwise import Layer, sequences, walk
+from .model import Model
+from .prune import Moments, Share
+from .rank import calibration_texts
+from .recipe import Amount, Count, Integer, Layers, Pattern, Ratio, Recipe, RecipeError
 
-CALIBRATION_TOKENS = 128  # per text, at most
-CALIBRATION_BATCH = 8
-_IMPORTANCE: WeakKeyDictionary[nn.Module, dict[str, np.ndarray]] = WeakKeyDictionary()
+SEED = 24652
 
 
-def calibration_texts() -> list[str]:
-    """The texts that ship with the package, one a line, on which importance is measured."""
-    return [line for line in data_text("calibration.txt").splitlines() if line.strip()]
+@dataclass(frozen=True)
+class Job:
+    """One step of a recipe being carried out."""
+
+    candidate: Model
+    method: str
+    amount: Amount
+    texts: list[str] | None
+    seed: int
+    progress: Callable[[float], None]
 
 
 def compress(
@@ -35,6 +41,7 @@ def compress(
     recipe: Recipe,
     *,
     calibration: Sequence[str] | None = None,
+    seed: int = SEED,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Model:
     """Carry out a recipe.
@@ -42,7 +49,8 @@ def compress(
     Args:
         dense: the model to compress; it stays as it is.
         recipe: what to do, step by step, left to right.
-        calibration: texts on which importance is measured (default: those that ship with us).
+        calibration: texts for ranking and calibration (default: those that ship with us).
+        seed: of the lots that `random` draws.
         progress: called with the share of the work that is done.
 
     Returns:
@@ -53,14 +61,19 @@ def compress(
     """
     check(dense, recipe)
     candidate = dense.clone(recipe=recipe, achieved={})
-    texts = list(calibration) if calibration is not None else calibration_texts()
+    texts = list(calibration) if calibration is not None else None
+    steps = len(recipe.steps)
     for i, step in enumerate(recipe.steps):
         before = {name: id(p) for name, p in candidate.module.named_parameters()}
-        _APPLY[step.method](candidate, step.amount, texts)
+
+        def tick(done: float, i: int = i) -> None:
+            progress((i + done) / steps)
+
+        _APPLY[step.method](Job(candidate, step.method, step.amount, texts, seed, tick))
         after = {name: id(p) for name, p in candidate.module.named_parameters()}
         if before == after:
             raise RecipeError(f"recipe '{step}' changed no weight of {dense.label}")
-        progress((i + 1) / len(recipe.steps))
+        progress((i + 1) / steps)
     candidate.achieved["recipe"] = str(recipe)
     return candidate
 
@@ -73,11 +86,13 @@ def check(dense: Model, recipe: Recipe) -> None:
     """
     for step in recipe.steps:
         match step.amount:
-            case Count(n) if n >= dense.layer_count:
+            case Count(n) if n >= dense.layer_count * (1 + (step.method == "joint-drop")):
                 raise RecipeError(
                     f"recipe '{step}': {dense.name} has {dense.layer_count} layers; "
                     f"1 to {dense.layer_count - 1} can be dropped"
                 )
+            case Pattern(_, of):
+                _check_group(dense, str(step), of)
             case Layers(layers) if max(layers) >= dense.layer_count:
                 raise RecipeError(
                     f"recipe '{step}': {dense.name} has layers 0 to {dense.layer_count - 1}"
@@ -101,64 +116,59 @@ def _check_group(dense: Model, step: str, group: int) -> None:
 # --- dropping ----------------------------------------------------------------------------------
 
 
-def importance(model: Model, texts: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """1 - cosine of what goes into and what comes out of each sublayer, averaged over tokens.
-
-    Returns `attn`, `mlp` and `block`, each `(layer,)` in float64, over the calibration texts. The
-    smaller, the less the sublayer does. (As LLM-Drop and ShortGPT rank.)
-    """
-    if texts is None and model.module in _IMPORTANCE:
-        return _IMPORTANCE[model.module]
-    chosen = list(texts) if texts is not None else calibration_texts()
-    sums = {name: np.zeros(model.layer_count) for name in ("attn", "mlp", "block")}
-    count = 0
-    for start in range(0, len(chosen), CALIBRATION_BATCH):
-        texts_here = chosen[start : start + CALIBRATION_BATCH]
-        batch = encode(model, texts_here, max_tokens=CALIBRATION_TOKENS)
-        mask = batch["attention_mask"].bool()
-        found = trace.sublayer_cosines(model.module, model.anatomy, batch, mask)
-        for name, values in found.items():
-            sums[name] += np.array(values)
-        count += int(mask.sum())
-    result = {name: 1 - total / count for name, total in sums.items()}
-    if texts is None:
-        _IMPORTANCE[model.module] = result
-    return result
-
-
-def _dropper(what: str) -> Callable[[Model, Amount, list[str]], None]:
-    sublayers: tuple[Sublayer, ...] = SUBLAYERS if what == "block" else (what,)  # type: ignore[assignment]
-
-    def apply(candidate: Model, amount: Amount, texts: list[str]) -> None:
-        blocks = candidate.anatomy.blocks(candidate.module)
-        gone = [
-            i
-            for i, b in enumerate(blocks)
-            if all(dropped(candidate.anatomy, b, s) for s in sublayers)
-        ]
-        layers = _chosen(candidate, what, amount, texts, gone)
-        for layer in layers:
-            for sublayer in sublayers:
-                if not dropped(candidate.anatomy, blocks[layer], sublayer):
-                    drop(candidate.anatomy, blocks[layer], sublayer, layer)
-                    candidate.achieved.setdefault("dropped", {}).setdefault(sublayer, []).append(
-                        layer
-                    )
+def _dropper(*kinds: str) -> Callable[[Job], None]:
+    def apply(job: Job) -> None:
+        if isinstance(job.amount, Layers):
+            for layer in job.amount.layers:
+                _remove(job.candidate, kinds[0], layer)
+            return
+        assert isinstance(job.amount, Count)
+        if job.amount.by == "angular":
+            distances = rank.angular(job.candidate, _texts(job), job.amount.n)
+            start = int(distances.argmin())
+            for layer in range(start, start + job.amount.n):
+                _remove(job.candidate, "block", layer)
+            return
+        _drop_ranked(job, kinds, job.amount)
 
     return apply
 
 
-def _chosen(
-    candidate: Model, what: str, amount: Amount, texts: list[str], gone: list[int]
-) -> list[int]:
-    if isinstance(amount, Layers):
-        return [layer for layer in amount.layers if layer not in gone]
-    assert isinstance(amount, Count)
-    order = np.argsort(importance(candidate, texts)[what], kind="stable")
-    left = [int(layer) for layer in order if layer not in gone]
+def _texts(job: Job) -> list[str]:
+    return job.texts if job.texts is not None else calibration_texts()
+
+
+def _drop_ranked(job: Job, kinds: tuple[str, ...], amount: Count) -> None:
+    left = [place for place in _order(job, kinds, amount) if not _gone(job.candidate, *place)]
     if amount.n >= len(left):
-        raise RecipeError(f"{what}-drop@{amount}: only {len(left)} are left to drop")
-    return left[: amount.n]
+        raise RecipeError(f"{job.method}@{amount}: only {len(left)} are left to drop")
+    for done in range(amount.n):
+        _remove(job.candidate, *left.pop(0))
+        job.progress((done + 1) / amount.n)
+        if amount.iterative and done + 1 < amount.n:
+            left = [p for p in _order(job, kinds, amount) if not _gone(job.candidate, *p)]
+
+
+def _order(job: Job, kinds: tuple[str, ...], amount: Count) -> list[tuple[str, int]]:
+    return rank.order(job.candidate, kinds, job.texts, amount.by)
+
+
+def _sublayers(kind: str) -> tuple[Sublayer, ...]:
+    return SUBLAYERS if kind == "block" else (kind,)  # type: ignore[return-value]
+
+
+def _gone(model: Model, kind: str, layer: int) -> bool:
+    block = model.anatomy.blocks(model.module)[layer]
+    return all(dropped(model.anatomy, block, s) for s in _sublayers(kind))
+
+
+def _remove(candidate: Model, kind: str, layer: int) -> None:
+    block = candidate.anatomy.blocks(candidate.module)[layer]
+    for sublayer in _sublayers(kind):
+        if not dropped(candidate.anatomy, block, sublayer):
+            drop(candidate.anatomy, block, sublayer, layer)
+            lists = candidate.achieved.setdefault("dropped", {})
+            lists.setdefault(sublayer, []).append(layer)
 
 
 # --- zeroing and rounding ------------------------------------------------------------------------
@@ -178,16 +188,84 @@ def _replace(module: nn.Module, matrix: Tensor) -> None:
         module.register_parameter("weight", nn.Parameter(new.contiguous(), requires_grad=False))
 
 
-def _magnitude(candidate: Model, amount: Amount, _: list[str]) -> None:
+def _share(amount: Amount) -> Share:
+    if isinstance(amount, Pattern):
+        return Share(1 - amount.keep / amount.of, amount.keep, amount.of)
     assert isinstance(amount, Ratio)
-    for module in linears(candidate.anatomy, candidate.module).values():
-        matrix = _matrix(module)
-        count = int(matrix.numel() * amount.share)
-        smallest = matrix.abs().flatten().float().topk(count, largest=False, sorted=False).indices
-        pruned = matrix.clone(memory_format=torch.contiguous_format)
-        pruned.view(-1)[smallest] = 0
-        _replace(module, pruned)
-    candidate.achieved["sparsity"] = sparsity(candidate)
+    return Share(amount.share)
+
+
+def _zero(job: Job) -> None:
+    """Methods that look at the weights alone, or at nothing."""
+    share, generator = _share(job.amount), torch.Generator().manual_seed(job.seed)
+    modules = linears(job.candidate.anatomy, job.candidate.module)
+    for done, module in enumerate(modules.values()):
+        if job.method == "magnitude":
+            _replace(module, prune.magnitude(_matrix(module), share))
+        else:
+            _replace(module, prune.at_random(_matrix(module), share, generator))
+        job.progress((done + 1) / len(modules))
+    job.candidate.achieved["sparsity"] = sparsity(job.candidate)
+
+
+def _calibrated(job: Job) -> None:
+    """Methods that need what each matrix reads, layer by layer on the compressed prefix."""
+    candidate, products = job.candidate, job.method != "wanda"
+    tokens = sequences(candidate, _texts(job))
+    for layer in walk(candidate, tokens):
+        modules = list(matrices_of(layer.block))
+        if modules:
+            for group in _watched(layer, modules, products):
+                for module, matrix in zip(group[0], _compressed(job, *group), strict=True):
+                    _replace(module, matrix)
+        job.progress((layer.index + 1) / candidate.layer_count)
+    candidate.achieved["calibration_tokens"] = tokens.numel()
+    if isinstance(job.amount, Integer):
+        _note_bits(candidate, job.amount)
+    else:
+        candidate.achieved["sparsity"] = sparsity(candidate)
+
+
+Group = tuple[list[nn.Module], Moments]
+
+
+def _watched(layer: Layer, modules: list[nn.Module], products: bool) -> list[Group]:
+    """What the matrices of a layer read; those that read the same tensor share their moments."""
+    groups: list[Group] = []
+    held: list[Tensor] = []  # of the first sequence, so that no two inputs share an address
+    leaders: dict[nn.Module, Group] = {}
+
+    def hook(module: nn.Module) -> Callable[[Tensor], None]:
+        def read(x: Tensor) -> None:
+            if module not in leaders:
+                _join(module, x)
+            if leaders[module][0][0] is module:
+                leaders[module][1].add(x)
+
+        return read
+
+    def _join(module: nn.Module, x: Tensor) -> None:
+        for group, seen in zip(groups, held, strict=True):
+            if seen.data_ptr() == x.data_ptr() and seen.shape == x.shape:
+                group[0].append(module)
+                leaders[module] = group
+                return
+        groups.append(([module], Moments.of(x.shape[1], x.device, products)))
+        held.append(x)
+        leaders[module] = groups[-1]
+
+    layer.watch({module: hook(module) for module in modules})
+    return groups
+
+
+def _compressed(job: Job, modules: list[nn.Module], moments: Moments) -> list[Tensor]:
+    matrices, amount = [_matrix(module) for module in modules], job.amount
+    if isinstance(amount, Integer):
+        if job.method == "awq":
+            return prune.awq(matrices, moments, amount.bits, amount.group)
+        return [prune.gptq(m, moments, amount.bits, amount.group) for m in matrices]
+    method = prune.wanda if job.method == "wanda" else prune.sparsegpt
+    return [method(m, moments, _share(amount)) for m in matrices]
 
 
 def sparsity(model: Model) -> float:
@@ -197,36 +275,33 @@ def sparsity(model: Model) -> float:
     return zeros / max(1, sum(m.numel() for m in matrices))
 
 
-def round_to_nearest(matrix: Tensor, bits: int, group: int = 0) -> Tensor:
-    """Quantize-dequantize `(output, input)` weights to `bits`-bit integers, group by group.
-
-    Each group of `group` inputs (0: the whole row) of each output has its own scale and zero point,
-    from its smallest to its largest weight (0 included, so that zeros stay zeros).
-    """
-    wide = matrix.float().unflatten(1, (-1, group or matrix.shape[1]))
-    low = wide.amin(-1, keepdim=True).clamp(max=0)
-    high = wide.amax(-1, keepdim=True).clamp(min=0)
-    levels = 2**bits - 1
-    scale = ((high - low) / levels).clamp(min=1e-12)
-    zero = (-low / scale).round()
-    codes = ((wide / scale).round() + zero).clamp(0, levels)
-    return ((codes - zero) * scale).flatten(1).to(matrix.dtype)
+def _rtn(job: Job) -> None:
+    assert isinstance(job.amount, Integer)
+    modules = linears(job.candidate.anatomy, job.candidate.module)
+    for done, module in enumerate(modules.values()):
+        rounded = prune.round_to_nearest(_matrix(module), job.amount.bits, job.amount.group)
+        _replace(module, rounded)
+        job.progress((done + 1) / len(modules))
+    _note_bits(job.candidate, job.amount)
 
 
-def _rtn(candidate: Model, amount: Amount, _: list[str]) -> None:
-    assert isinstance(amount, Integer)
-    for module in linears(candidate.anatomy, candidate.module).values():
-        _replace(module, round_to_nearest(_matrix(module), amount.bits, amount.group))
+def _note_bits(candidate: Model, amount: Integer) -> None:
     overhead = 32 / amount.group if amount.group else 0.0  # a 16-bit scale and zero point per group
     candidate.achieved["bits"] = amount.bits
     candidate.achieved["bits_stored"] = amount.bits + overhead
 
 
-_APPLY: dict[str, Callable[[Model, Amount, list[str]], None]] = {
+_APPLY: dict[str, Callable[[Job], None]] = {
     "attn-drop": _dropper("attn"),
     "mlp-drop": _dropper("mlp"),
     "block-drop": _dropper("block"),
-    "magnitude": _magnitude,
+    "joint-drop": _dropper("attn", "mlp"),
+    "magnitude": _zero,
+    "random": _zero,
+    "wanda": _calibrated,
+    "sparsegpt": _calibrated,
+    "gptq": _calibrated,
+    "awq": _calibrated,
     "rtn": _rtn,
 }
 

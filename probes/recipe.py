@@ -2,7 +2,10 @@
 
 attn-drop@8                    the 8 least important attention sublayers
 attn-drop@layers=3,7           these two
+attn-drop@8-kl-iterative       ranked by the damage at the output, anew after each
+block-drop@4-angular           a run of four layers, by the angle between its ends
 magnitude@0.5                  the smaller half of each weight matrix
+wanda@2:4                      two of every four weights, by |w| times the size of what it reads
 rtn@int4-g64                   4-bit integers, one scale per 64 weights
 attn-drop@4+rtn@int8           one after the other
 """
@@ -22,12 +25,15 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Count:
-    """So many sublayers, the least important first."""
+    """So many sublayers, the least important first, ranked at once or anew after each."""
 
     n: int
+    by: str = "cosine"
+    iterative: bool = False
 
     def __str__(self) -> str:
-        return str(self.n)
+        ranking = f"-{self.by}" if self.by != "cosine" else ""
+        return f"{self.n}{ranking}{'-iterative' if self.iterative else ''}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,17 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """At most `keep` weights in every `of` along the input."""
+
+    keep: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}"
+
+
+@dataclass(frozen=True)
 class Integer:
     """Integers of so many bits, one scale per group of weights along the input (0: per row)."""
 
@@ -61,28 +78,52 @@ class Integer:
         return f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
 
 
-Amount = Count | Layers | Ratio | Integer
+Amount = Count | Layers | Ratio | Pattern | Integer
+RANKINGS = ("cosine", "kl", "var-r")
 
 
 def _drop_amount(text: str) -> Amount:
     if match := re.fullmatch(r"layers=(\d+(?:,\d+)*)", text):
         layers = tuple(sorted({int(x) for x in match[1].split(",")}))
         return Layers(layers)
-    if re.fullmatch(r"\d+", text) and int(text) > 0:
-        return Count(int(text))
+    return _count(text, RANKINGS)
+
+
+def _count(text: str, rankings: tuple[str, ...]) -> Count:
+    pattern = rf"([1-9]\d*)(?:-({'|'.join(rankings)}))?(-iterative)?"
+    match = re.fullmatch(pattern, text)
+    if match and not (match[2] == "angular" and match[3]):
+        return Count(int(match[1]), match[2] or "cosine", bool(match[3]))
     raise RecipeError(
-        "a number of sublayers from 1, as attn-drop@8, or layers, as attn-drop@layers=3,7"
+        f"a number of sublayers from 1, ranked by {', '.join(rankings)}, at once or iterative "
+        "(8, 8-kl, 8-kl-iterative), or layers (layers=3,7)"
     )
 
 
-def _ratio_amount(text: str) -> Amount:
+def _joint_amount(text: str) -> Amount:
+    return _count(text, RANKINGS)
+
+
+def _block_amount(text: str) -> Amount:
+    return (
+        _drop_amount(text) if text.startswith("layers=") else _count(text, (*RANKINGS, "angular"))
+    )
+
+
+def _share_amount(text: str) -> Amount:
+    if match := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text):
+        keep, of = int(match[1]), int(match[2])
+        if keep < of:
+            return Pattern(keep, of)
     try:
         share = float(text)
     except ValueError:
         share = -1.0
     if 0 < share < 1:
         return Ratio(float(f"{share:g}"))
-    raise RecipeError("a share of the weights between 0 and 1, as magnitude@0.5")
+    raise RecipeError(
+        "a share of the weights between 0 and 1, as 0.5, or a pattern, as 2:4 (2 of every 4 stay)"
+    )
 
 
 def _integer_amount(text: str) -> Amount:
@@ -108,10 +149,26 @@ METHODS: dict[str, Method] = {
     ),
     "mlp-drop": Method(_drop_amount, "mlp-drop@3", "remove MLP sublayers, least important first"),
     "block-drop": Method(
-        _drop_amount, "block-drop@3", "remove whole layers, least important first"
+        _block_amount, "block-drop@3", "remove whole layers, least important first"
     ),
-    "magnitude": Method(_ratio_amount, "magnitude@0.5", "zero the smallest weights of each matrix"),
+    "joint-drop": Method(
+        _joint_amount, "joint-drop@6", "remove attention and MLP sublayers, ranked together"
+    ),
+    "magnitude": Method(_share_amount, "magnitude@0.5", "zero the smallest weights of each matrix"),
+    "wanda": Method(
+        _share_amount, "wanda@0.5", "zero weights by size times the size of what they read"
+    ),
+    "sparsegpt": Method(
+        _share_amount, "sparsegpt@2:4", "zero weights and let the rest make up for them"
+    ),
+    "random": Method(_share_amount, "random@0.5", "zero weights by lot, the control"),
     "rtn": Method(_integer_amount, "rtn@int4-g64", "round weights to integers, group by group"),
+    "gptq": Method(
+        _integer_amount, "gptq@int4-g64", "round and let the other weights make up for it"
+    ),
+    "awq": Method(
+        _integer_amount, "awq@int4-g64", "round after scaling the channels that read much"
+    ),
 }
 """Every method by name. A new one is a row here and a function in `compress.APPLY`."""
 

@@ -22,11 +22,12 @@ import torch
 import xarray as xr
 
 from ..analysis import provenance, schema
-from ..probes.compress import calibration_texts, compress, cost
 from ..probes.compress import check as check_recipe
+from ..probes.compress import compress, cost
 from ..probes.load import DTYPES, exists, load
 from ..probes.measure import MeasureError, check_pair, check_prompts, measure
 from ..probes.model import Model
+from ..probes.rank import calibration_texts
 from ..probes.recipe import Recipe
 from ..probes.score import Answer, answers, generate, pair
 from ..probes.tasks import SEED, TWINS, Task, data_text, load_tasks

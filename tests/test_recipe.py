@@ -4,12 +4,18 @@ from hypothesis import strategies as st
 from prunescope.probes.recipe import METHODS, Count, Layers, Ratio, Recipe, RecipeError
 
 drops = st.sampled_from(["attn-drop", "mlp-drop", "block-drop"])
+zeroing = st.sampled_from(["magnitude", "wanda", "sparsegpt", "random"])
+rounding = st.sampled_from(["rtn", "gptq", "awq"])
 steps = st.one_of(
     st.builds("{}@{}".format, drops, st.integers(1, 99)),
     st.builds(lambda m, ls: f"{m}@layers={','.join(map(str, ls))}", drops, st.lists(st.integers(0, 99), min_size=1, max_size=5)),
-    st.builds("magnitude@{}".format, st.floats(0.001, 0.999)),
-    st.builds("rtn@int{}".format, st.integers(2, 8)),
-    st.builds("rtn@int{}-g{}".format, st.integers(2, 8), st.integers(8, 256)),
+    st.builds("{}@{}-{}{}".format, drops, st.integers(1, 99), st.sampled_from(["kl", "var-r"]), st.sampled_from(["", "-iterative"])),
+    st.builds("block-drop@{}-angular".format, st.integers(1, 99)),
+    st.builds("joint-drop@{}".format, st.integers(1, 99)),
+    st.builds("{}@{}".format, zeroing, st.floats(0.001, 0.999)),
+    st.builds("{}@{}:{}".format, zeroing, st.integers(1, 4), st.integers(5, 16)),
+    st.builds("{}@int{}".format, rounding, st.integers(2, 8)),
+    st.builds("{}@int{}-g{}".format, rounding, st.integers(2, 8), st.integers(8, 256)),
 )  # fmt: skip
 
 
@@ -40,6 +46,9 @@ def test_amounts_are_values():
         ("attn-drop", "needs an amount"),
         ("attn-drop@0", "number of sublayers from 1"),
         ("attn-drop@-3", "number of sublayers from 1"),
+        ("block-drop@2-angular-iterative", "number of sublayers from 1"),
+        ("attn-drop@2-angular", "ranked by cosine, kl, var-r"),
+        ("wanda@4:2", "2 of every 4 stay"),
         ("magnitude@1.0", "between 0 and 1"),
         ("magnitude@half", "between 0 and 1"),
         ("rtn@int1", "int2 to int8"),

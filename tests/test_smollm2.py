@@ -7,7 +7,7 @@ import pytest
 import torch
 from prunescope.analysis import diagnose
 from prunescope.probes import Recipe, compress, load, load_tasks, measure, save, score, twin
-from prunescope.probes.compress import importance
+from prunescope.probes.rank import importance
 from prunescope.probes.tasks import TWINS
 from prunescope.reports import render
 from prunescope.reports.progress import Progress

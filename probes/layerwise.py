@@ -1,0 +1,177 @@
+"""Walking a model layer by layer over calibration tokens, each layer on the compressed prefix.
+
+The references hold the hidden states of all calibration tokens in memory; here they lie in a
+scratch file, so that memory holds the model, one sequence and one layer's statistics. A layer is
+called with what the model's own forward pass hands to it (masks, positions, rotary embeddings),
+caught once: all sequences have the same length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import first
+from .model import Model
+
+SEQUENCE = 2048  # tokens of a calibration sequence, at most
+
+
+def sequences(model: Model, texts: list[str], length: int = SEQUENCE) -> Tensor:
+    """Token ids `(sequence, token)` of the texts one after the other, cut into equal lengths.
+
+    What is left over at the end is dropped; texts shorter than one sequence make a shorter one.
+    """
+    ids: list[int] = []
+    for text in texts:
+        ids += model.tokenizer(text)["input_ids"]
+    if not ids:
+        raise ValueError("the calibration texts hold no token")
+    length = min(length, len(ids), model.context)
+    count = len(ids) // length
+    return torch.tensor(ids[: count * length], device=model.device).view(count, length)
+
+
+class Layer:
+    """One decoder layer, its inputs, and the means to run it."""
+
+    def __init__(
+        self, index: int, block: nn.Module, call: Callable[[Tensor], Tensor], states: _States
+    ):
+        self.index, self.block = index, block
+        self._call, self._states = call, states
+
+    def run(self) -> None:
+        """One pass of every sequence through the layer, for the sake of hooks."""
+        for hidden in self._states:
+            self._call(hidden)
+
+    def watch(self, hooks: dict[nn.Module, Callable[[Tensor], None]]) -> None:
+        """One pass, handing what each module reads to its hook, `(token, feature)`."""
+        with contextlib.ExitStack() as stack:
+            for module, hook in hooks.items():
+                handle = module.register_forward_pre_hook(_reader(hook))
+                stack.callback(handle.remove)
+            self.run()
+
+    def advance(self) -> None:
+        """Replace every state by what comes out of the layer as it is now."""
+        self._states.replace(self._call)
+
+
+def _reader(hook: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+        hook(args[0].detach().flatten(0, -2))
+
+    return read
+
+
+@torch.no_grad()
+def walk(model: Model, tokens: Tensor) -> Generator[Layer]:
+    """Every layer of `model` in order; change its weights before asking for the next.
+
+    Args:
+        model: whose layers are walked and may change on the way.
+        tokens: `(sequence, token)` ids of equal length.
+    """
+    blocks = model.anatomy.blocks(model.module)
+    calls = layer_calls(model, tokens[:1])
+    with tempfile.TemporaryFile(prefix="prunescope-") as file:
+        states = _States(file, model, tokens)
+        for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+            layer = Layer(index, block, call, states)
+            yield layer
+            if index + 1 < len(blocks):
+                layer.advance()
+
+
+class _ReachedError(Exception):
+    """The first layer was reached; the rest of the forward pass is not needed."""
+
+
+def layer_calls(model: Model, tokens: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    """For each layer, hidden state in -> hidden state out, in the surroundings of `tokens`."""
+    blocks = model.anatomy.blocks(model.module)
+    caught: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def catcher(index: int) -> Callable[..., None]:
+        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught[index] = args, kwargs
+
+        return catch
+
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for index, block in enumerate(blocks):
+            handle = block.register_forward_pre_hook(catcher(index), with_kwargs=True)
+            stack.callback(handle.remove)
+        model.module(input_ids=tokens, use_cache=False, logits_to_keep=1)
+    return [_bind(block, *caught[index]) for index, block in enumerate(blocks)]
+
+
+def _bind(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[Tensor], Tensor]:
+    named = "hidden_states" in kwargs
+
+    @torch.no_grad()
+    def call(hidden: Tensor) -> Tensor:
+        if named:
+            return first(block(*args, **{**kwargs, "hidden_states": hidden}))
+        return first(block(hidden, *args[1:], **kwargs))
+
+    return call
+
+
+class _States:
+    """Hidden states of every sequence, in a file, `(1, token, d_model)` at a time."""
+
+    def __init__(self, file: BinaryIO, model: Model, tokens: Tensor) -> None:
+        self.file, self.count, self.device = file, len(tokens), tokens.device
+        self.kind = torch.uint8
+        for index in range(len(tokens)):
+            state = _embedded(model, tokens[index : index + 1])
+            self.shape, self.dtype = state.shape, state.dtype
+            self._write(index, state)
+
+    def _write(self, index: int, state: Tensor) -> None:
+        data = state.detach().cpu().contiguous().view(self.kind).numpy()
+        self.size = data.nbytes
+        self.file.seek(index * self.size)
+        self.file.write(data.tobytes())
+
+    def _read(self, index: int) -> Tensor:
+        self.file.seek(index * self.size)
+        data = bytearray(self.file.read(self.size))
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape).to(self.device)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self._read(index) for index in range(self.count))
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put `change(state)` in the place of each state."""
+        for index in range(self.count):
+            self._write(index, change(self._read(index)))
+
+
+def _embedded(model: Model, tokens: Tensor) -> Tensor:
+    """What the first layer reads."""
+    seen: list[Tensor] = []
+
+    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        raise _ReachedError
+
+    handle = model.anatomy.blocks(model.module)[0].register_forward_pre_hook(
+        catch, with_kwargs=True
+    )
+    try:
+        with contextlib.suppress(_ReachedError):
+            model.module(input_ids=tokens, use_cache=False, logits_to_keep=1)
+    finally:
+        handle.remove()
+    return seen[0]

@@ -1,0 +1,124 @@
+"""Ranking sublayers for removal: how little does the model miss each of them?
+
+`cosine`: 1 - cosine of what goes into and what comes out of a sublayer (LLM-Drop, ShortGPT).
+`angular`: angle between the inputs of two layers n apart, at the last token (Gromov et al.,
+arXiv 2403.17887), for a run of n whole layers. `kl` and `var-r`: the damage at the output that
+dropping this sublayer alone does, measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import trace
+from .anatomy import contribution
+from .kernels import compare_many
+from .layerwise import layer_calls, sequences
+from .model import Model, encode
+from .tasks import data_text
+
+TOKENS = 128  # per text, at most
+BATCH = 8
+KINDS = ("attn", "mlp", "block")
+DAMAGE = {"kl": "kl", "var-r": "var_r"}
+_COSINE: WeakKeyDictionary[nn.Module, dict[str, np.ndarray]] = WeakKeyDictionary()
+
+
+def calibration_texts() -> list[str]:
+    """The texts that ship with the package, one a line, for ranking and calibration."""
+    return [line for line in data_text("calibration.txt").splitlines() if line.strip()]
+
+
+def importance(
+    model: Model, texts: Sequence[str] | None = None, by: str = "cosine"
+) -> dict[str, np.ndarray]:
+    """How much the model misses each sublayer: `attn`, `mlp` and `block`, each `(layer,)`.
+
+    Args:
+        model: its dropped sublayers are still listed, with what is measured of them (nothing).
+        texts: calibration texts (default: those that ship with us).
+        by: `cosine`, `kl` (nat) or `var-r` (nat²).
+    """
+    if by in DAMAGE:
+        return damage(model, list(texts) if texts is not None else calibration_texts(), DAMAGE[by])
+    lasting = texts is None and model.recipe is None  # a candidate changes while it is made
+    if lasting and model.module in _COSINE:
+        return _COSINE[model.module]
+    chosen = list(texts) if texts is not None else calibration_texts()
+    sums = {name: np.zeros(model.layer_count) for name in KINDS}
+    count = 0
+    for start in range(0, len(chosen), BATCH):
+        batch = encode(model, chosen[start : start + BATCH], max_tokens=TOKENS)
+        mask = batch["attention_mask"].bool()
+        found = trace.sublayer_cosines(model.module, model.anatomy, batch, mask)
+        for name, values in found.items():
+            sums[name] += np.array(values)
+        count += int(mask.sum())
+    result = {name: 1 - total / count for name, total in sums.items()}
+    if lasting:
+        _COSINE[model.module] = result
+    return result
+
+
+@torch.no_grad()
+def damage(model: Model, texts: list[str], figure: str) -> dict[str, np.ndarray]:
+    """Mean of a figure at the output when one sublayer (or whole layer) alone is dropped.
+
+    One sweep over the layers for all of them: at each layer the states without it join the batch of
+    those that miss an earlier one, so that the dense prefix is computed once.
+    """
+    tokens = sequences(model, texts, TOKENS)
+    calls = layer_calls(model, tokens[:1])
+    readout, total = model.readout(), np.zeros((model.layer_count, len(KINDS)))
+    for row in tokens.split(1):
+        batch = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        seen = trace.roles(model.module, model.anatomy, batch)
+        states: list[Tensor] = []
+        for layer, call in enumerate(calls):
+            after = list(call(torch.cat(states)).split(1)) if states else []
+            states = after + _without(model, layer, seen)
+        found = compare_many(
+            seen["final_norm.input"][0], [state[0] for state in states], readout, readout
+        )
+        means = [float(figures[figure].mean()) for figures in found]
+        total += np.array(means).reshape(total.shape)
+    return dict(zip(KINDS, (total / len(tokens)).T, strict=True))
+
+
+def _without(model: Model, layer: int, seen: dict[str, Tensor]) -> list[Tensor]:
+    """The state after a layer without its attention, without its MLP, without either."""
+    block, x = model.anatomy.blocks(model.module)[layer], seen[f"layer.{layer}.input"]
+    mlp = contribution(model.anatomy, block, "mlp", x)
+    return [x + mlp, x + seen[f"layer.{layer}.attn"], x]
+
+
+@torch.no_grad()
+def angular(model: Model, texts: list[str], count: int) -> np.ndarray:
+    """Angle over pi between the inputs of layers l and l + count, `(layer - count + 1,)`.
+
+    At the last token of each text; the run of layers after the smallest one is missed least.
+    """
+    total = np.zeros(model.layer_count - count + 1)
+    for text in texts:
+        batch = encode(model, [text], max_tokens=TOKENS)
+        seen = trace.roles(model.module, model.anatomy, batch)
+        names = [f"layer.{i}.input" for i in range(model.layer_count)] + ["final_norm.input"]
+        last = torch.stack([seen[name][0, -1].double() for name in names])
+        cosine = torch.cosine_similarity(last[:-count], last[count:], dim=-1)
+        total += (cosine.clamp(-1, 1).arccos() / torch.pi).cpu().numpy()
+    return total / len(texts)
+
+
+def order(
+    model: Model, kinds: Sequence[str], texts: Sequence[str] | None, by: str
+) -> list[tuple[str, int]]:
+    """(kind, layer) of all sublayers of these kinds, the least missed first."""
+    found = importance(model, texts, by)
+    values = np.concatenate([found[kind] for kind in kinds])
+    places = [(kind, layer) for kind in kinds for layer in range(model.layer_count)]
+    return [places[i] for i in np.argsort(values, kind="stable")]
