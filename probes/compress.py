@@ -6,6 +6,7 @@ never touched.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,8 @@ def compress(
             raise RecipeError(f"recipe '{step}' changed no weight of {dense.label}")
         progress((i + 1) / steps)
     candidate.achieved["recipe"] = str(recipe)
+    used = "\n".join(texts if texts is not None else calibration_texts())
+    candidate.achieved["calibration"] = hashlib.sha256(used.encode()).hexdigest()
     return candidate
 
 

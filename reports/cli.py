@@ -40,6 +40,10 @@ PromptsOption = Annotated[
     Path | None,
     typer.Option("--prompts", help="Text file, one prompt a line, to measure shifts on."),
 ]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="Text file, one text a line, for ranking and calibration."),
+]
 LimitOption = Annotated[
     int | None, typer.Option("--limit", help="Items per task, drawn with the seed (default: all).")
 ]
@@ -70,6 +74,7 @@ def diagnose(
     tasks: TasksOption = "",
     data: DataOption = None,
     prompts: PromptsOption = None,
+    calibration: CalibrationOption = None,
     limit: LimitOption = None,
     steps: StepsOption = 32,
     temperature: TemperatureOption = 1.0,
@@ -82,7 +87,7 @@ def diagnose(
     """Compress MODEL by each recipe, compare it with itself, and write the report."""
     options: dict[str, Any] = {
         "model": model, "recipes": tuple(str(Recipe.parse(r)) for r in recipe), "tasks": _names(tasks),
-        "data": data, "prompts": prompts, "limit": limit, "steps": steps, "temperature": temperature,
+        "data": data, "prompts": prompts, "calibration": calibration, "limit": limit, "steps": steps, "temperature": temperature,
         "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     _study(options, out)
@@ -123,6 +128,8 @@ def compress(
         str, typer.Option("--recipe", "-r", help="What to do, as attn-drop@4+rtn@int4-g64.")
     ],
     model: ModelArg = "smollm2",
+    calibration: CalibrationOption = None,
+    seed: SeedOption = 24652,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     trust_remote_code: TrustOption = False,
@@ -133,9 +140,11 @@ def compress(
     from ..probes.compress import check
     from ..probes.load import exists
     from ..probes.save import check_target
+    from .study import read_calibration
 
     what = Recipe.parse(recipe)
     exists(model)
+    texts = read_calibration(str(calibration) if calibration is not None else None)
     check_target(out)
     with Progress() as progress:
         with progress.task(f"loading {model}"):
@@ -148,7 +157,7 @@ def compress(
             )
         check(dense, what)
         with progress.task(f"{what}") as tick:
-            candidate = carry_out(dense, what, progress=tick)
+            candidate = carry_out(dense, what, calibration=texts, seed=seed, progress=tick)
         with progress.task(f"saving to {out}"):
             save(candidate, out)
         progress.say(f"{candidate.label}: {candidate.achieved}; saved in {out}")
@@ -221,7 +230,7 @@ def _study(options: dict[str, Any], out: Path) -> None:
     paths: dict[str, Any] = {
         name: str(value) if value is not None else None
         for name, value in options.items()
-        if name in ("data", "prompts")
+        if name in ("data", "prompts", "calibration")
     }
     request = Request(**(options | paths))
     what = plan(request, out)  # everything that can be wrong is found before the first model loads

@@ -51,6 +51,7 @@ class Request:
     tasks: tuple[str, ...] = ()
     data: str | None = None
     prompts: str | None = None
+    calibration: str | None = None
     limit: int | None = None
     steps: int = 32
     temperature: float = 1.0
@@ -74,6 +75,7 @@ class Plan:
     recipes: dict[str, Recipe]
     tasks: tuple[Task, ...]
     prompts: tuple[str, ...]
+    calibration: tuple[str, ...] | None
 
     def cell(self, name: str) -> Path:
         """The file of one cell."""
@@ -104,8 +106,9 @@ def plan(request: Request, folder: Path) -> Plan:
         exists(source)
     tasks = tuple(_tasks(request))
     prompts = tuple(_prompts(request))
+    calibration = read_calibration(request.calibration)
     _check_folder(request, folder)
-    return Plan(request, folder, recipes, tasks, prompts)
+    return Plan(request, folder, recipes, tasks, prompts, calibration)
 
 
 def _check_numbers(request: Request) -> None:
@@ -141,15 +144,27 @@ def _tasks(request: Request) -> list[Task]:
 def _prompts(request: Request) -> list[str]:
     if request.prompts is None:
         return default_prompts()
-    file = Path(request.prompts)
+    return _lines("--prompts", Path(request.prompts))
+
+
+def read_calibration(file: str | None) -> tuple[str, ...] | None:
+    """The texts of a calibration file, one a line; None for those that ship with us.
+
+    Raises:
+        StudyError: no such file, not UTF-8, or nothing in it.
+    """
+    return None if file is None else tuple(_lines("--calibration", Path(file)))
+
+
+def _lines(option: str, file: Path) -> list[str]:
     if not file.is_file():
-        raise StudyError(f"--prompts {file}: no such file")
+        raise StudyError(f"{option} {file}: no such file")
     try:
         lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise StudyError(f"--prompts {file}: not UTF-8 text ({error})") from error
+        raise StudyError(f"{option} {file}: not UTF-8 text ({error})") from error
     if not lines:
-        raise StudyError(f"--prompts {file}: no text in it; one prompt a line is needed")
+        raise StudyError(f"{option} {file}: no text in it; one text a line is needed")
     return lines
 
 
@@ -285,7 +300,8 @@ def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
 def _candidate(what: Plan, name: str, dense: Model, progress: Progress) -> Model:
     if name in what.recipes:
         with progress.task(f"{name}: compressing") as tick:
-            return compress(dense, what.recipes[name], progress=tick)
+            recipe, seed = what.recipes[name], what.request.seed
+            return compress(dense, recipe, calibration=what.calibration, seed=seed, progress=tick)
     with progress.task(f"loading {name}"):
         candidate = _load(what.request, name, progress)
     check_pair(dense, candidate, layerwise=False)
@@ -346,7 +362,7 @@ def _provenance(what: Plan, name: str, dense: Model, candidate: Model) -> dict[s
     return provenance.stamp(
         recipe=name, model=dense.name, weights=dense.weights, candidate_weights=candidate.weights,
         achieved=candidate.achieved, prompts=provenance.text_hash(what.prompts),
-        calibration=provenance.text_hash(calibration_texts()),
+        calibration=provenance.text_hash(what.calibration or calibration_texts()),
         seed=what.request.seed, dtype=what.request.dtype, device=what.request.device,
         request=asdict(what.request),
     )  # fmt: skip

@@ -203,6 +203,12 @@ def test_unusable_input_ends_with_status_2_before_any_work(
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["theirs.txt"]
 
 
+def test_a_random_model_gets_every_figure_too(study):
+    out, _ = study
+    drawn = {picture.stem.split("-")[0] for picture in (out / "figures").glob("*.svg")}
+    assert {"theory", "validity", "layers"} <= drawn
+
+
 def test_a_folder_with_another_study_is_left_alone(study, tiny_folder):
     out, _ = study
     before = sorted(p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file())
@@ -301,6 +307,8 @@ def test_study_paths_are_relative_to_where_the_user_is(tiny_folder, tmp_path):
         "rtn@int4-g16",
         *SMALL,
         "--prompts",
+        "prompts.txt",
+        "--calibration",
         "prompts.txt",
         "--out",
         "here",

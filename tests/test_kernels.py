@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import reference
@@ -250,8 +252,10 @@ def test_no_positions_give_no_figures():
     assert all(v.shape == (0,) for v in found.values())
 
 
+HEADERS = Path(sysconfig.get_path("include")) / "Python.h"
 COMPILER = pytest.mark.skipif(
-    not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler"
+    not (shutil.which("c++") or shutil.which("g++")) or not HEADERS.exists(),
+    reason="torch.compile needs a C++ compiler and Python's headers",
 )
 
 

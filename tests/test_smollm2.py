@@ -120,6 +120,8 @@ def test_the_main_job_end_to_end(tmp_path):
     assert drop.interval[0] > 0.3, "choice keeps more than generation, surely"
     file = render(found, tmp_path / "out" / "report.html", findings=findings)
     assert drop.claim.split(" (")[0] in file.read_text()
+    drawn = {picture.stem for picture in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert {"retention", "theory", "validity", "layers-mlp-drop-3"} <= drawn
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["findings"]) == len(
         findings
     )
@@ -131,3 +133,32 @@ def test_benchmark_rows_are_scored_from_a_folder(smollm2, shared_data):
     assert data.task.values.tolist() == ["arc_easy"] * 12 + ["blimp"] * 12 + ["triviaqa"] * 12
     assert (data.score.sel(model="dense") == data.score.sel(model="candidate")).all()
     assert float(data.score[:24].mean()) > 0.3
+
+
+def field(file, name="text"):
+    return [json.loads(line)[name] for line in file.read_text("utf-8").splitlines()]
+
+
+def loss(model, tokens):
+    """Mean next-token loss in nat over rows of tokens."""
+    with torch.no_grad():
+        logits = model.module(input_ids=tokens).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))
+
+
+def test_methods_that_look_at_activations_lose_less(smollm2, shared_data):
+    """Calibrated on C4, scored on WikiText-2, as the papers do it, in small."""
+    ids = smollm2.tokenizer("".join(field(shared_data / "wikitext2_test.jsonl")[:2]))["input_ids"]
+    tokens = torch.tensor(ids[:2048]).view(4, 512)
+    texts = field(shared_data / "c4.jsonl")[:12]
+    names = ("random@0.5", "magnitude@0.5", "wanda@0.5", "sparsegpt@0.5", "wanda@2:4", "wanda@4:8",
+             "rtn@int3-g64", "awq@int3-g64", "gptq@int3-g64", "rtn@int8")  # fmt: skip
+    found = {n: loss(compress(smollm2, Recipe.parse(n), calibration=texts), tokens) for n in names}
+    dense = loss(smollm2, tokens)
+    assert dense < found["rtn@int8"] + 0.01
+    assert found["rtn@int8"] < min(found["awq@int3-g64"], found["gptq@int3-g64"])
+    assert (
+        found["sparsegpt@0.5"] < found["wanda@0.5"] < found["magnitude@0.5"] < found["random@0.5"]
+    ), found
+    assert found["wanda@0.5"] < found["wanda@4:8"] < found["wanda@2:4"], found
+    assert max(found["awq@int3-g64"], found["gptq@int3-g64"]) < found["rtn@int3-g64"], found
