@@ -108,8 +108,7 @@ def main() -> None:
         share = operations / _timed(run, 3) / limit
         print(f"| share of the matrix-product limit, {name} | {100 * share:.0f} % |", flush=True)
     print(f"| peak memory beyond both models' weights, MB | {extra:.0f} |", flush=True)
-    found = rows(model, 3, prompts, layers=False)
-    found.append(layerwise(model, candidate, prompts[:1], 3))
+    found = [*rows(model, 3, prompts, layers=False), layerwise(model, candidate, prompts[:1], 3)]
     for name, value, _ in found:
         print(f"| {name} | {value:.2f} × |", flush=True)
 

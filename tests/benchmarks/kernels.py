@@ -13,7 +13,7 @@ import importlib.util
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ def bare(model: Model, batch: dict[str, torch.Tensor]) -> None:
 Row = tuple[str, float, float]
 
 
-def rows(model: Model, rounds: int, prompts: list[str], layers: bool) -> list[Row]:
+def rows(model: Model, rounds: int, prompts: list[str], layers: bool) -> Iterator[Row]:
     candidate = compress(model, Recipe.parse("rtn@int4-g64"))
     batch, name = encode(model, prompts), model.name
 
@@ -86,12 +86,14 @@ def rows(model: Model, rounds: int, prompts: list[str], layers: bool) -> list[Ro
     def traced() -> None:
         trace.roles(model.module, model.anatomy, batch)
 
-    result = [
-        (f"output-level measure, plain, {name}", *ratio(output(False), both, rounds)),
-        (f"output-level measure, fused, {name}", *ratio(output(True), both, rounds)),
-        (f"trace of every layer and site, {name}", *ratio(traced, lambda: bare(model, batch), rounds)),
-    ]  # fmt: skip
-    return [*result, layerwise(model, candidate, prompts[:1], rounds)] if layers else result
+    yield f"output-level measure, plain, {name}", *ratio(output(False), both, rounds)
+    yield f"output-level measure, fused, {name}", *ratio(output(True), both, rounds)
+    yield (
+        f"trace of every layer and site, {name}",
+        *ratio(traced, lambda: bare(model, batch), rounds),
+    )
+    if layers:
+        yield layerwise(model, candidate, prompts[:1], rounds)
 
 
 def layerwise(model: Model, candidate: Model, prompts: list[str], rounds: int) -> Row:
@@ -112,7 +114,7 @@ def layerwise(model: Model, candidate: Model, prompts: list[str], rounds: int) -
     return f"layerwise measure, fused, {model.name}", *ratio(ours, floor, rounds)
 
 
-def against_paper(file: Path, width: int, vocabulary: int, rounds: int) -> list[Row]:
+def against_paper(file: Path, width: int, vocabulary: int, rounds: int) -> Iterator[Row]:
     """The released metric function, position by position as its scripts call it, and batched."""
     released = _import(file).compute_and_log_transition_metrics
     torch.manual_seed(0)
@@ -132,10 +134,8 @@ def against_paper(file: Path, width: int, vocabulary: int, rounds: int) -> list[
         compare_states(h[:, 0], other[:, 0], head.weight, compiled=True)
 
     name = f"compare_states, vocabulary {vocabulary:,}, against the paper's function"
-    return [
-        (f"{name} as called (times faster)", *_faster(ours, single, rounds)),
-        (f"{name} batched (times faster)", *_faster(ours, lambda: theirs(h, other), rounds)),
-    ]
+    yield f"{name} as called (times faster)", *_faster(ours, single, rounds)
+    yield f"{name} batched (times faster)", *_faster(ours, lambda: theirs(h, other), rounds)
 
 
 def _faster(
@@ -220,17 +220,15 @@ def table(threads: int, small: bool, paper: Path | None, dense: Model, prompt: s
         for compiled, word in ((False, "plain"), (True, "fused")):
             name = f"compare_logits, {word}, ns per element, vocabulary {vocabulary:,}"
             print(f"| {name} | {threads} | {per_element(vocabulary, compiled):.1f} | |", flush=True)
-    found: list[Row] = []
     if paper is not None:
         for width, vocabulary in ((576, 49_152), (896, 151_936)):
-            found += against_paper(paper, width, vocabulary, rounds)
-    _show(found, threads)
+            _show(against_paper(paper, width, vocabulary, rounds), threads)
     _show(rows(dense, rounds, [prompt] * 8, layers=True), threads)
     if not small:
         _show(rows(random_model(dense), rounds, [prompt] * 8, layers=False), threads)
 
 
-def _show(found: list[Row], threads: int) -> None:
+def _show(found: Iterable[Row], threads: int) -> None:
     for name, value, floor in found:
         print(f"| {name} | {threads} | {value:.2f} | {floor:.2f} |", flush=True)
 
