@@ -25,15 +25,15 @@ SEQUENCE = 2048  # tokens of a calibration sequence, at most
 def sequences(model: Model, texts: list[str], length: int = SEQUENCE) -> Tensor:
     """Token ids `(sequence, token)` of the texts one after the other, cut into equal lengths.
 
-    What is left over at the end is dropped; texts shorter than one sequence make a shorter one.
+    As few sequences as `length` allows; fewer tokens than there are sequences are left over.
     """
     ids: list[int] = []
     for text in texts:
         ids += model.tokenizer(text)["input_ids"]
     if not ids:
         raise ValueError("the calibration texts hold no token")
-    length = min(length, len(ids), model.context)
-    count = len(ids) // length
+    count = -(-len(ids) // min(length, model.context))
+    length = len(ids) // count
     return torch.tensor(ids[: count * length], device=model.device).view(count, length)
 
 

@@ -151,14 +151,10 @@ def test_methods_that_look_at_activations_lose_less(smollm2, shared_data):
     ids = smollm2.tokenizer("".join(field(shared_data / "wikitext2_test.jsonl")[:2]))["input_ids"]
     tokens = torch.tensor(ids[:2048]).view(4, 512)
     texts = field(shared_data / "c4.jsonl")[:12]
-    names = ("random@0.5", "magnitude@0.5", "wanda@0.5", "sparsegpt@0.5", "wanda@2:4", "wanda@4:8",
-             "rtn@int3-g64", "awq@int3-g64", "gptq@int3-g64", "rtn@int8")  # fmt: skip
+    names = ("random@0.5", "magnitude@0.5", "wanda@0.5", "sparsegpt@0.5", "wanda@2:4",
+             "rtn@int3-g64", "awq@int3-g64")  # fmt: skip
     found = {n: loss(compress(smollm2, Recipe.parse(n), calibration=texts), tokens) for n in names}
-    dense = loss(smollm2, tokens)
-    assert dense < found["rtn@int8"] + 0.01
-    assert found["rtn@int8"] < min(found["awq@int3-g64"], found["gptq@int3-g64"])
-    assert (
-        found["sparsegpt@0.5"] < found["wanda@0.5"] < found["magnitude@0.5"] < found["random@0.5"]
-    ), found
-    assert found["wanda@0.5"] < found["wanda@4:8"] < found["wanda@2:4"], found
-    assert max(found["awq@int3-g64"], found["gptq@int3-g64"]) < found["rtn@int3-g64"], found
+    pruned = max(found["sparsegpt@0.5"], found["wanda@0.5"])
+    assert pruned + 1 < found["magnitude@0.5"] < found["random@0.5"] - 5, found
+    assert found["wanda@0.5"] < found["wanda@2:4"] < found["magnitude@0.5"] + 1, found
+    assert loss(smollm2, tokens) < found["awq@int3-g64"] < found["rtn@int3-g64"], found
