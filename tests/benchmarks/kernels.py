@@ -9,6 +9,7 @@ the released `transition_metrics_logging.py` of arXiv 2603.24652, kept outside t
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import resource
 import statistics
@@ -27,22 +28,33 @@ from prunescope.probes.measure import measure
 from prunescope.probes.model import encode
 
 
+def ratios(
+    floor: Callable[[], object], rounds: int, **ours: Callable[[], object]
+) -> tuple[dict[str, float], float]:
+    """Median of ours/floor for each, taken in turn within each round; median seconds of the floor."""
+    for run in (floor, *ours.values()):
+        run()
+    found: dict[str, list[float]] = {name: [] for name in ours}
+    floors: list[float] = []
+    for _ in range(rounds):
+        floors.append(_once(floor))
+        for name, run in ours.items():
+            found[name].append(_once(run) / floors[-1])
+    return {name: statistics.median(v) for name, v in found.items()}, statistics.median(floors)
+
+
 def ratio(
     ours: Callable[[], object], floor: Callable[[], object], rounds: int
 ) -> tuple[float, float]:
     """Median of ours/floor and median seconds of the floor."""
-    ours()
-    floor()
-    ratios, floors = [], []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        floor()
-        middle = time.perf_counter()
-        ours()
-        end = time.perf_counter()
-        ratios.append((end - middle) / (middle - start))
-        floors.append(middle - start)
-    return statistics.median(ratios), statistics.median(floors)
+    found, base = ratios(floor, rounds, ours=ours)
+    return found["ours"], base
+
+
+def _once(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def random_model(
@@ -86,13 +98,12 @@ def rows(model: Model, rounds: int, prompts: list[str], layers: bool) -> Iterato
     def traced() -> None:
         trace.roles(model.module, model.anatomy, batch)
 
-    yield f"output-level measure, plain, {name}", *ratio(output(False), both, rounds)
-    yield f"output-level measure, fused, {name}", *ratio(output(True), both, rounds)
-    yield (
-        f"trace of every layer and site, {name}",
-        *ratio(traced, lambda: bare(model, batch), rounds),
-    )
+    found, base = ratios(both, rounds, plain=output(False), fused=output(True))
+    for word, value in found.items():
+        yield f"output-level measure, {word}, {name}", value, base
     if layers:
+        floor = functools.partial(bare, model, batch)
+        yield f"trace of every layer and site, {name}", *ratio(traced, floor, rounds)
         yield layerwise(model, candidate, prompts[:1], rounds)
 
 
@@ -188,12 +199,7 @@ def scaling(target: Path) -> None:
 
 def seconds(run: Callable[[], object], rounds: int = 5) -> float:
     run()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return statistics.median(_once(run) for _ in range(rounds))
 
 
 def memory(positions: int, vocabulary: int) -> float:
