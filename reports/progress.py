@@ -40,7 +40,10 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._bars.start()
-        if threading.current_thread() is threading.main_thread():
+        ignored = (
+            signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        )  # as in the background of a shell
+        if threading.current_thread() is threading.main_thread() and not ignored:
             self._before = signal.signal(signal.SIGINT, self._interrupt)
         return self
 

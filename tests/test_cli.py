@@ -218,7 +218,17 @@ def test_a_folder_with_another_study_is_left_alone(study, tiny_folder):
     assert sorted(p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()) == before
 
 
-def test_ctrl_c_keeps_finished_cells_and_the_same_command_resumes(tiny_folder, tmp_path):
+@pytest.fixture
+def interruptible():
+    """As in the foreground of a terminal, wherever the tests run."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_finished_cells_and_the_same_command_resumes(
+    interruptible, tiny_folder, tmp_path
+):
     out = tmp_path / "out"
     recipes = [x for n in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6) for x in ("-r", f"magnitude@{n}")]
     arguments = ["diagnose", str(tiny_folder), *recipes, "--tasks", "counting", "--out", str(out)]
@@ -243,7 +253,13 @@ def test_ctrl_c_keeps_finished_cells_and_the_same_command_resumes(tiny_folder, t
     assert {p.name: p.stat().st_mtime_ns for p in out.glob("cells/*.nc") if p.name in kept} == kept
 
 
-def test_a_swallowed_ctrl_c_is_raised_again():
+def test_a_run_in_the_background_goes_on_ignoring_ctrl_c(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Progress():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_swallowed_ctrl_c_is_raised_again(interruptible):
     with Progress() as progress, progress.task("work") as tick:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
