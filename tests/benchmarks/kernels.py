@@ -63,7 +63,7 @@ def random_model(
     """Random weights in the shape of Qwen2-0.5B; SmolLM2's tokenizer (its ids are all valid)."""
     torch.manual_seed(0)
     config = tf.Qwen2Config(
-        hidden_size=width, intermediate_size=width * 38 // 7, num_hidden_layers=layers,
+        hidden_size=width, intermediate_size=width * 38 // 7 // 64 * 64, num_hidden_layers=layers,
         num_attention_heads=width // 64, num_key_value_heads=2, vocab_size=vocabulary,
         tie_word_embeddings=True,
     )  # fmt: skip
