@@ -223,7 +223,11 @@ def validity(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
             axis.annotate(name, (saved, value), (5, 4), textcoords="offset points", fontsize=7.5)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("bytes saved, packed, %")
-        axis.set_yscale("log")
+        values = [getattr(d, field).value for _, d in found.values()]
+        if max(values) > 20 * max(min(values), 1e-12):
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.margins(x=0.25)
     figure.tight_layout()
     told = "; ".join(
