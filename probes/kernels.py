@@ -24,7 +24,7 @@ from .reduction import (
 )
 
 TOP_K = 10
-ROW_BLOCK_ELEMENTS = 16_000_000  # one block of logits of one model: 64 MB in float32
+ROW_BLOCK_ELEMENTS = 20_000_000  # one block of logits of one model: 80 MB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ def compare_states(
         candidate_unembedding: the candidate's own, where it differs.
         temperature: softmax temperature T > 0.
         top_k: size of the two sets whose overlap is measured.
-        block: positions whose logits are held at a time (default: 64 MB of them for each model).
+        block: positions whose logits are held at a time (default: 80 MB of them for each model).
         compiled: fuse the passes with `torch.compile`.
 
     Returns:
@@ -182,7 +182,7 @@ def compare_many(
     same_readout = readout.same(candidate_readout)
     if space is None:
         space = workspace(readout, block or len(dense), dense.device)
-    block = min(block or len(dense), space.shape[1])
+    block = _even(len(dense), min(block or len(dense), space.shape[1]))
     done: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(dense), block):
         here = slice(start, start + block)
@@ -197,8 +197,14 @@ def compare_many(
     return [dict(zip(FIGURES, torch.cat(columns).T, strict=True)) for columns in done]
 
 
+def _even(positions: int, most: int) -> int:
+    """Rows of a block so that all blocks are about as long: a short one wastes its product."""
+    blocks = max(1, math.ceil(positions / max(1, most)))
+    return max(1, math.ceil(positions / blocks))
+
+
 def workspace(readout: Readout, positions: int, device: torch.device) -> Tensor:
-    """Room for a block of logits of both models, `(2, row, vocab)`: at most 64 MB each."""
+    """Room for a block of logits of both models, `(2, row, vocab)`: at most 80 MB each."""
     rows = max(16, ROW_BLOCK_ELEMENTS // len(readout.weight))
     shape = (2, min(rows, positions), len(readout.weight))
     return torch.empty(shape, dtype=torch.float32, device=device)
