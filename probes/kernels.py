@@ -181,20 +181,41 @@ def compare_many(
     settings = Settings(float(temperature), top_k, compiled)
     same_readout = readout.same(candidate_readout)
     if space is None:
-        space = workspace(readout, block or len(dense), dense.device)
+        space = workspace(readout, block or len(dense), dense.device, len(candidates))
     block = _even(len(dense), min(block or len(dense), space.shape[1]))
     done: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(dense), block):
-        here = slice(start, start + block)
-        z = readout.logits(readout.states(dense[here]), space[0])
-        first = leaders(z, top_k)
-        for columns, states in zip(done, candidates, strict=True):
-            if same_readout and torch.equal(states[here], dense[here]):
-                y = z
-            else:
-                y = candidate_readout.logits(candidate_readout.states(states[here]), space[1])
-            columns.append(reduce_block(z, y, settings, first))
+        rows = dense[start : start + block]
+        others = [states[start : start + block] for states in candidates]
+        moved = [i for i, x in enumerate(others) if not (same_readout and torch.equal(x, rows))]
+        room = len(space) - 1
+        ahead = moved[:room] if same_readout else []
+        z, *made = _logits(readout, [rows, *(others[i] for i in ahead)], space)
+        first, still = leaders(z, top_k), [i for i in range(len(others)) if i not in moved]
+        for i in still:
+            done[i].append(reduce_block(z, z, settings, first))
+        rest = moved[len(ahead) :]
+        for group in (ahead, *(rest[i : i + room] for i in range(0, len(rest), room))):
+            if group is not ahead:
+                made = _logits(candidate_readout, [others[i] for i in group], space[1:])
+            for i, y in zip(group, made, strict=True):
+                if same_readout:
+                    _settle(y, z, torch.all(others[i] == rows, dim=-1))
+                done[i].append(reduce_block(z, y, settings, first))
     return [dict(zip(FIGURES, torch.cat(columns).T, strict=True)) for columns in done]
+
+
+def _logits(readout: Readout, states: list[Tensor], space: Tensor) -> list[Tensor]:
+    """Logits of several blocks of states by one product, which reads the unembedding once."""
+    room = space.flatten(0, 1)
+    made = readout.logits(readout.states(torch.cat(states)), room)
+    return list(made.split(len(states[0])))
+
+
+def _settle(y: Tensor, z: Tensor, same: Tensor) -> None:
+    """Rows of equal states get equal logits, wherever the product rounded them differently."""
+    if bool(same.any()):
+        y[same] = z[same]
 
 
 def _even(positions: int, most: int) -> int:
@@ -203,10 +224,15 @@ def _even(positions: int, most: int) -> int:
     return max(1, math.ceil(positions / blocks))
 
 
-def workspace(readout: Readout, positions: int, device: torch.device) -> Tensor:
-    """Room for a block of logits of both models, `(2, row, vocab)`: at most 80 MB each."""
+def workspace(
+    readout: Readout, positions: int, device: torch.device, candidates: int = 1
+) -> Tensor:
+    """Room for a block of logits of the dense model and of one or two candidates at a time.
+
+    `(2 or 3, row, vocab)`, at most 80 MB each.
+    """
     rows = max(16, ROW_BLOCK_ELEMENTS // len(readout.weight))
-    shape = (2, min(rows, positions), len(readout.weight))
+    shape = (1 + min(2, max(1, candidates)), min(rows, positions), len(readout.weight))
     return torch.empty(shape, dtype=torch.float32, device=device)
 
 

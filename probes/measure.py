@@ -178,7 +178,7 @@ def _layers(
 ) -> None:
     readout, own = dense.readout(lens), candidate.readout(lens)
     sites = 2 * dense.layer_count
-    space = workspace(readout, int(part.mask.sum()), part.mask.device)
+    space = workspace(readout, int(part.mask.sum()), part.mask.device, 2)
 
     def visit(site: trace.Site) -> None:
         h, local, propagated = (x[part.mask] for x in (site.dense, site.local, site.propagated))

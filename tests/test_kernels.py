@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prunescope.probes import reduction
-from prunescope.probes.kernels import FIGURES, Readout, compare_logits, compare_states
+from prunescope.probes.kernels import FIGURES, Readout, compare_logits, compare_many, compare_states
 from prunescope.probes.reduction import leaders
 
 TOLERANCE, SMALLEST = 1e-4, 1e-8
@@ -221,6 +221,27 @@ def test_states_give_the_same_as_their_logits(bias, softcap, block):
     expected = compare_logits(logits(h), logits(other))
     for name in FIGURES:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("block", [None, 3])
+def test_many_candidates_share_products_and_unmoved_rows_stay_exactly_zero(own, block):
+    torch.manual_seed(0)
+    h, weight = torch.randn(20, 48), torch.randn(600, 48)
+    others = [h + 0.1 * torch.randn(20, 48) for _ in range(4)]
+    others[1] = h.clone()
+    others[2] = torch.where(torch.arange(20)[:, None] % 2 == 0, h, others[2])
+    readout = Readout(weight)
+    candidate = Readout(weight + 0.01 * torch.randn(600, 48)) if own else readout
+    found = compare_many(h, others, readout, candidate, block=block)
+    for other, figures in zip(others, found, strict=True):
+        expected = compare_logits(h @ weight.T, other @ candidate.weight.T)
+        for name in FIGURES:
+            torch.testing.assert_close(figures[name], expected[name], rtol=2e-3, atol=2e-5)
+    if not own:
+        assert float(found[1]["kl"].max()) == 0
+        assert float(found[2]["kl"][::2].max()) == float(found[2]["angular_z"][::2].max()) == 0
+        assert float(found[2]["kl"][1::2].min()) > 0
 
 
 def test_narrow_unembeddings_are_widened():
