@@ -32,7 +32,7 @@ class Job:
     candidate: Model
     method: str
     amount: Amount
-    texts: list[str] | None
+    texts: list[str]
     seed: int
     progress: Callable[[float], None]
 
@@ -62,7 +62,7 @@ def compress(
     """
     check(dense, recipe)
     candidate = dense.clone(recipe=recipe, achieved={})
-    texts = list(calibration) if calibration is not None else None
+    texts = list(calibration) if calibration is not None else calibration_texts()
     steps = len(recipe.steps)
     for i, step in enumerate(recipe.steps):
         before = {name: id(p) for name, p in candidate.module.named_parameters()}
@@ -76,8 +76,7 @@ def compress(
             raise RecipeError(f"recipe '{step}' changed no weight of {dense.label}")
         progress((i + 1) / steps)
     candidate.achieved["recipe"] = str(recipe)
-    used = "\n".join(texts if texts is not None else calibration_texts())
-    candidate.achieved["calibration"] = hashlib.sha256(used.encode()).hexdigest()
+    candidate.achieved["calibration"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     return candidate
 
 
@@ -127,7 +126,7 @@ def _dropper(*kinds: str) -> Callable[[Job], None]:
             return
         assert isinstance(job.amount, Count)
         if job.amount.by == "angular":
-            distances = rank.angular(job.candidate, _texts(job), job.amount.n)
+            distances = rank.angular(job.candidate, job.texts, job.amount.n)
             start = int(distances.argmin())
             for layer in range(start, start + job.amount.n):
                 _remove(job.candidate, "block", layer)
@@ -135,10 +134,6 @@ def _dropper(*kinds: str) -> Callable[[Job], None]:
         _drop_ranked(job, kinds, job.amount)
 
     return apply
-
-
-def _texts(job: Job) -> list[str]:
-    return job.texts if job.texts is not None else calibration_texts()
 
 
 def _drop_ranked(job: Job, kinds: tuple[str, ...], amount: Count) -> None:
@@ -198,25 +193,32 @@ def _share(amount: Amount) -> Share:
     return Share(amount.share)
 
 
-def _zero(job: Job) -> None:
-    """Methods that look at the weights alone, or at nothing."""
-    share, generator = _share(job.amount), torch.Generator().manual_seed(job.seed)
+def _each(job: Job, change: Callable[[Tensor], Tensor]) -> None:
+    """Give every weight matrix of the layers what `change` makes of it."""
     modules = linears(job.candidate.anatomy, job.candidate.module)
     for done, module in enumerate(modules.values()):
-        if job.method == "magnitude":
-            _replace(module, prune.magnitude(_matrix(module), share))
-        else:
-            _replace(module, prune.at_random(_matrix(module), share, generator))
+        _replace(module, change(_matrix(module)))
         job.progress((done + 1) / len(modules))
+
+
+def _magnitude(job: Job) -> None:
+    share = _share(job.amount)
+    _each(job, lambda matrix: prune.magnitude(matrix, share))
+    job.candidate.achieved["sparsity"] = sparsity(job.candidate)
+
+
+def _random(job: Job) -> None:
+    share, generator = _share(job.amount), torch.Generator().manual_seed(job.seed)
+    _each(job, lambda matrix: prune.at_random(matrix, share, generator))
     job.candidate.achieved["sparsity"] = sparsity(job.candidate)
 
 
 def _calibrated(job: Job) -> None:
     """Methods that need what each matrix reads, layer by layer on the compressed prefix."""
     candidate, products = job.candidate, job.method != "wanda"
-    tokens = sequences(candidate, _texts(job))
+    tokens = sequences(candidate, job.texts)
     for layer in walk(candidate, tokens):
-        modules = list(matrices_of(layer.block))
+        modules = matrices_of(layer.block)
         if modules:
             for group in _watched(layer, modules, products):
                 for module, matrix in zip(group[0], _compressed(job, *group), strict=True):
@@ -280,11 +282,8 @@ def sparsity(model: Model) -> float:
 
 def _rtn(job: Job) -> None:
     assert isinstance(job.amount, Integer)
-    modules = linears(job.candidate.anatomy, job.candidate.module)
-    for done, module in enumerate(modules.values()):
-        rounded = prune.round_to_nearest(_matrix(module), job.amount.bits, job.amount.group)
-        _replace(module, rounded)
-        job.progress((done + 1) / len(modules))
+    bits, group = job.amount.bits, job.amount.group
+    _each(job, lambda matrix: prune.round_to_nearest(matrix, bits, group))
     _note_bits(job.candidate, job.amount)
 
 
@@ -299,8 +298,8 @@ _APPLY: dict[str, Callable[[Job], None]] = {
     "mlp-drop": _dropper("mlp"),
     "block-drop": _dropper("block"),
     "joint-drop": _dropper("attn", "mlp"),
-    "magnitude": _zero,
-    "random": _zero,
+    "magnitude": _magnitude,
+    "random": _random,
     "wanda": _calibrated,
     "sparsegpt": _calibrated,
     "gptq": _calibrated,

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from . import trace
 from .anatomy import first
 from .model import Model
 
@@ -46,18 +47,14 @@ class Layer:
         self.index, self.block = index, block
         self._call, self._states = call, states
 
-    def run(self) -> None:
-        """One pass of every sequence through the layer, for the sake of hooks."""
-        for hidden in self._states:
-            self._call(hidden)
-
     def watch(self, hooks: dict[nn.Module, Callable[[Tensor], None]]) -> None:
         """One pass, handing what each module reads to its hook, `(token, feature)`."""
         with contextlib.ExitStack() as stack:
             for module, hook in hooks.items():
                 handle = module.register_forward_pre_hook(_reader(hook))
                 stack.callback(handle.remove)
-            self.run()
+            for hidden in self._states:
+                self._call(hidden)
 
     def advance(self) -> None:
         """Replace every state by what comes out of the layer as it is now."""
@@ -88,10 +85,6 @@ def walk(model: Model, tokens: Tensor) -> Generator[Layer]:
             yield layer
             if index + 1 < len(blocks):
                 layer.advance()
-
-
-class _ReachedError(Exception):
-    """The first layer was reached; the rest of the forward pass is not needed."""
 
 
 def layer_calls(model: Model, tokens: Tensor) -> list[Callable[[Tensor], Tensor]]:
@@ -132,14 +125,15 @@ class _States:
 
     def __init__(self, file: BinaryIO, model: Model, tokens: Tensor) -> None:
         self.file, self.count, self.device = file, len(tokens), tokens.device
-        self.kind = torch.uint8
         for index in range(len(tokens)):
-            state = _embedded(model, tokens[index : index + 1])
+            row = tokens[index : index + 1]
+            batch = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+            state = trace.entry(model.module, model.anatomy, batch)
             self.shape, self.dtype = state.shape, state.dtype
             self._write(index, state)
 
     def _write(self, index: int, state: Tensor) -> None:
-        data = state.detach().cpu().contiguous().view(self.kind).numpy()
+        data = state.detach().cpu().contiguous().view(torch.uint8).numpy()
         self.size = data.nbytes
         self.file.seek(index * self.size)
         self.file.write(data.tobytes())
@@ -156,22 +150,3 @@ class _States:
         """Put `change(state)` in the place of each state."""
         for index in range(self.count):
             self._write(index, change(self._read(index)))
-
-
-def _embedded(model: Model, tokens: Tensor) -> Tensor:
-    """What the first layer reads."""
-    seen: list[Tensor] = []
-
-    def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
-        raise _ReachedError
-
-    handle = model.anatomy.blocks(model.module)[0].register_forward_pre_hook(
-        catch, with_kwargs=True
-    )
-    try:
-        with contextlib.suppress(_ReachedError):
-            model.module(input_ids=tokens, use_cache=False, logits_to_keep=1)
-    finally:
-        handle.remove()
-    return seen[0]

@@ -73,8 +73,7 @@ def measure(
     rows = [dense.tokenizer(p)["input_ids"][:max_tokens] for p in prompts]
     width = max(map(len, rows))
     if compiled is None:
-        logits = sum(map(len, rows)) * (4 * dense.layer_count + 1 if layerwise else 1)
-        compiled = logits * dense.vocabulary > FUSED_FROM and reduction.fusible()
+        compiled = _worth_fusing(dense, sum(map(len, rows)), layerwise)
     store = _Store(len(prompts), width, dense.layer_count if layerwise else 0)
     settings: dict[str, Any] = {"temperature": temperature, "compiled": compiled}
     size = max(1, BATCH_TOKENS // width)
@@ -94,6 +93,11 @@ def measure(
             _outputs(dense, candidate, batch, part, settings)
         progress(done + share)
     return store.tree(_attributes(dense, candidate, lens, temperature, prompts))
+
+
+def _worth_fusing(dense: Model, positions: int, layerwise: bool) -> bool:
+    pairs = positions * (4 * dense.layer_count + 1 if layerwise else 1) * dense.vocabulary
+    return pairs > FUSED_FROM and reduction.fusible()
 
 
 def check_pair(dense: Model, candidate: Model, layerwise: bool = True) -> None:

@@ -9,11 +9,10 @@ dropping this sublayer alone does, measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import trace
 from .anatomy import contribution
@@ -26,7 +25,6 @@ TOKENS = 128  # per text, at most
 BATCH = 8
 KINDS = ("attn", "mlp", "block")
 DAMAGE = {"kl": "kl", "var-r": "var_r"}
-_COSINE: WeakKeyDictionary[nn.Module, dict[str, np.ndarray]] = WeakKeyDictionary()
 
 
 def calibration_texts() -> list[str]:
@@ -44,12 +42,9 @@ def importance(
         texts: calibration texts (default: those that ship with us).
         by: `cosine`, `kl` (nat) or `var-r` (nat²).
     """
-    if by in DAMAGE:
-        return damage(model, list(texts) if texts is not None else calibration_texts(), DAMAGE[by])
-    lasting = texts is None and model.recipe is None  # a candidate changes while it is made
-    if lasting and model.module in _COSINE:
-        return _COSINE[model.module]
     chosen = list(texts) if texts is not None else calibration_texts()
+    if by in DAMAGE:
+        return damage(model, chosen, DAMAGE[by])
     sums = {name: np.zeros(model.layer_count) for name in KINDS}
     count = 0
     for start in range(0, len(chosen), BATCH):
@@ -59,10 +54,7 @@ def importance(
         for name, values in found.items():
             sums[name] += np.array(values)
         count += int(mask.sum())
-    result = {name: 1 - total / count for name, total in sums.items()}
-    if lasting:
-        _COSINE[model.module] = result
-    return result
+    return {name: 1 - total / count for name, total in sums.items()}
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def lockstep(
     model = wrap(dense)
     others = anatomy.blocks(candidate)
     attn, mlp = _added(anatomy, "attn"), _added(anatomy, "mlp")
-    own = _entry(candidate, anatomy, batch)
+    own = entry(candidate, anatomy, batch)
     ends: Any = {}
     with torch.no_grad(), model.trace(**batch, use_cache=False) as tracer:
         ends.save()
@@ -140,7 +140,7 @@ def lockstep(
     return ends["dense"], ends["candidate"]
 
 
-def _entry(module: nn.Module, anatomy: Anatomy, batch: Batch) -> Tensor:
+def entry(module: nn.Module, anatomy: Anatomy, batch: Batch) -> Tensor:
     """What a model's first layer reads, `(prompt, token, d_model)`: its own embeddings."""
     model = wrap(module)
     with torch.no_grad(), model.trace(**batch, use_cache=False) as tracer:
