@@ -69,7 +69,8 @@ def damage(model: Model, texts: list[str], figure: str) -> dict[str, np.ndarray]
     readout, total = model.readout(), np.zeros((model.layer_count, len(KINDS)))
     for row in tokens.split(1):
         batch = {"input_ids": row, "attention_mask": torch.ones_like(row)}
-        seen = trace.roles(model.module, model.anatomy, batch)
+        seen: dict[str, Tensor] = {}
+        trace.roles(model.module, model.anatomy, batch, seen.__setitem__)
         states: list[Tensor] = []
         for layer, call in enumerate(calls):
             after = list(call(torch.cat(states)).split(1)) if states else []
@@ -98,9 +99,14 @@ def angular(model: Model, texts: list[str], count: int) -> np.ndarray:
     total = np.zeros(model.layer_count - count + 1)
     for text in texts:
         batch = encode(model, [text], max_tokens=TOKENS)
-        seen = trace.roles(model.module, model.anatomy, batch)
-        names = [f"layer.{i}.input" for i in range(model.layer_count)] + ["final_norm.input"]
-        last = torch.stack([seen[name][0, -1].double() for name in names])
+        ends: list[Tensor] = []
+
+        def keep(name: str, state: Tensor, ends: list[Tensor] = ends) -> None:
+            if name.endswith(".input"):
+                ends.append(state[0, -1].double())
+
+        trace.roles(model.module, model.anatomy, batch, keep)
+        last = torch.stack(ends)
         cosine = torch.cosine_similarity(last[:-count], last[count:], dim=-1)
         total += (cosine.clamp(-1, 1).arccos() / torch.pi).cpu().numpy()
     return total / len(texts)

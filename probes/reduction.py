@@ -23,9 +23,7 @@ from torch import Tensor
 from ..analysis import formulas
 
 BLOCK_ELEMENTS = 4_000_000  # elements whose rows are reduced together
-CACHE_ELEMENTS = (
-    100_000  # the same per thread for one plain pass, so that temporaries stay in cache
-)
+CACHE_ELEMENTS = 200_000  # the same per thread for one plain pass: temporaries stay in cache
 ACCELERATOR_ELEMENTS = 256_000_000  # both, where memory is not a cache
 TILE = 1024  # tokens that a fused pass sums in float32, in registers, before float64 takes over
 NEAR = 0.25  # a series up to here, differences and logarithms beyond

@@ -40,28 +40,28 @@ def wrap(module: nn.Module) -> Any:
     return NNsight(module)
 
 
-def roles(module: nn.Module, anatomy: Anatomy, batch: Batch) -> dict[str, Tensor]:
-    """Every role of one forward pass: name -> tensor.
+def roles(
+    module: nn.Module, anatomy: Anatomy, batch: Batch, visit: Callable[[str, Tensor], None]
+) -> None:
+    """Hand every role of one forward pass to `visit(name, tensor)`, in forward order.
 
-    `layer.{i}.input`, `.attn`, `.mlp`, `.output` (contributions as they are added to the residual
-    stream), `embed`, `final_norm.input`, `final_norm.output`, `logits`.
+    `embed`, `layer.{i}.input`, `.attn`, `.mlp`, `.output` (contributions as they are added to the
+    residual stream), `final_norm.input`, `final_norm.output`, `logits`. What `visit` does not keep is
+    freed as in a plain pass: keeping all costs more than the trace itself.
     """
     model = wrap(module)
-    found: Any = {}
     attn, mlp = _added(anatomy, "attn"), _added(anatomy, "mlp")
     with torch.no_grad(), model.trace(**batch, use_cache=False):
-        found.save()
-        found["embed"] = model.get(anatomy.embed).output
+        visit("embed", model.get(anatomy.embed).output)
         for i, block in enumerate(model.get(anatomy.layers)):
-            found[f"layer.{i}.input"] = block.input
-            found[f"layer.{i}.attn"] = first(block.get(attn).output)
-            found[f"layer.{i}.mlp"] = first(block.get(mlp).output)
-            found[f"layer.{i}.output"] = first(block.output)
+            visit(f"layer.{i}.input", block.input)
+            visit(f"layer.{i}.attn", first(block.get(attn).output))
+            visit(f"layer.{i}.mlp", first(block.get(mlp).output))
+            visit(f"layer.{i}.output", first(block.output))
         norm = model.get(anatomy.final_norm)
-        found["final_norm.input"] = norm.input
-        found["final_norm.output"] = norm.output
-        found["logits"] = model.output.logits
-    return found
+        visit("final_norm.input", norm.input)
+        visit("final_norm.output", norm.output)
+        visit("logits", model.output.logits)
 
 
 def verify(module: nn.Module, anatomy: Anatomy, softcap: float | None) -> None:
@@ -73,8 +73,9 @@ def verify(module: nn.Module, anatomy: Anatomy, softcap: float | None) -> None:
     _check_paths(module, anatomy)
     device = next(module.parameters()).device
     ids = torch.arange(1, 6, device=device)[None]
+    batch, seen = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, dict[str, Tensor]()
     try:
-        seen = roles(module, anatomy, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        roles(module, anatomy, batch, seen.__setitem__)
     except OutOfOrderError as error:
         raise AnatomyError(
             f"the table of anatomies does not describe this model: {error} (roles must be reached in "

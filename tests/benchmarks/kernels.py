@@ -96,7 +96,7 @@ def rows(model: Model, rounds: int, prompts: list[str], layers: bool) -> Iterato
         )
 
     def traced() -> None:
-        trace.roles(model.module, model.anatomy, batch)
+        trace.roles(model.module, model.anatomy, batch, lambda *_: None)
 
     found, base = ratios(both, rounds, plain=output(False), fused=output(True))
     for word, value in found.items():
