@@ -3,38 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
-from . import collapse, hierarchy, theory
+from . import collapse, decoding_findings, hierarchy, theory
+from .finding import Finding, claimed, group
 from .statistics import Interval, bootstrap
-
-Level = Literal["verdict", "finding", "note"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One claim with its number.
-
-    `where` names the cell, layer or task; `evidence` the data that it rests on; `n` the independent
-    units behind the interval.
-    """
-
-    claim: str
-    value: float
-    interval: tuple[float, float] | None
-    n: int
-    where: str
-    evidence: str
-    level: Level = "finding"
-    detail: dict[str, Any] = field(default_factory=dict)
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
 
 
 def diagnose(cells: Mapping[str, xr.DataTree] | xr.DataTree) -> list[Finding]:
@@ -54,25 +29,14 @@ def diagnose(cells: Mapping[str, xr.DataTree] | xr.DataTree) -> list[Finding]:
         found += (
             _layers(name, cell) + _theory(name, cell) + _failures(name, cell) + _cost(name, cell)
         )
+        steps, further = group(cell, "steps"), group(cell, "temperatures")
+        if steps is not None:
+            found += decoding_findings.tell(name, steps, further)
     return found + _compare(named)
 
 
 def _name(cell: xr.DataTree) -> str:
     return str(cell.attrs.get("recipe", "candidate"))
-
-
-def _group(cell: xr.DataTree, name: str) -> xr.Dataset | None:
-    return cell[name].to_dataset() if name in cell.children else None
-
-
-def _found(
-    claim: str, estimate: Interval, n: int, where: str, evidence: str, level: Level = "finding",
-    **detail: Any,
-) -> Finding:  # fmt: skip
-    span = (
-        (estimate.low, estimate.high) if np.isfinite([estimate.low, estimate.high]).all() else None
-    )
-    return Finding(claim, estimate.value, span, n, where, evidence, level, detail)
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -81,7 +45,7 @@ _WORDS = {"intact": "keeps", "degraded": "degrades", "collapsed": "destroys"}
 
 
 def _scores(name: str, cell: xr.DataTree) -> list[Finding]:
-    scores = _group(cell, "scores")
+    scores = group(cell, "scores")
     if scores is None:
         return []
     gap = collapse.discrepancy(scores)
@@ -103,7 +67,7 @@ def _discrepancy(name: str, gap: collapse.Discrepancy) -> Finding:
         f"{name} {words[0]} multiple choice (retention {gap.choice}) and {words[1]} free generation "
         f"({gap.generation}); {relation}."
     )
-    return _found(
+    return claimed(
         claim, gap.difference, gap.n, name, "/scores, twins: " + ", ".join(gap.tasks), "verdict",
         choice=list(gap.choice), generation=list(gap.generation), advice=_advice(gap),
     )  # fmt: skip
@@ -143,7 +107,7 @@ def _retention(name: str, row: collapse.Retention) -> Finding:
             f"{row.task} ({row.format}): {row.verdict}, {row.dense:.2f} to {row.candidate:.2f}, retention "
             f"{row.retention}; {row.lost} items lost, {row.gained} gained (McNemar, Holm: p = {row.p_value:.2g})."
         )
-    return _found(
+    return claimed(
         claim, row.retention, row.n, f"{name}, {row.task}", "/scores", task=row.task, format=row.format,
         verdict=row.verdict, dense=row.dense, candidate=row.candidate, chance=row.chance,
         lost=row.lost, gained=row.gained, p_value=row.p_value,
@@ -151,7 +115,7 @@ def _retention(name: str, row: collapse.Retention) -> Finding:
 
 
 def _failures(name: str, cell: xr.DataTree) -> list[Finding]:
-    scores = _group(cell, "scores")
+    scores = group(cell, "scores")
     modes = collapse.failures(scores) if scores is not None else {}
     if not modes:
         return []
@@ -169,7 +133,7 @@ def _failures(name: str, cell: xr.DataTree) -> list[Finding]:
     estimate = bootstrap(lambda pick: values[pick].mean(-1), len(values), strata=part.task.values)
     claim = f"Free answers of {name} fail by texts {words[worst]}: {estimate} (dense {dense[worst]:.2f})."
     return [
-        _found(
+        claimed(
             claim, estimate, len(values), name, f"/scores/{worst}", mode=worst, dense=dense[worst]
         )
     ]
@@ -179,7 +143,7 @@ def _failures(name: str, cell: xr.DataTree) -> list[Finding]:
 
 
 def _output(name: str, cell: xr.DataTree) -> list[Finding]:
-    output = _group(cell, "output")
+    output = group(cell, "output")
     if output is None:
         return []
     kl, flip = (hierarchy.prompt_means(output[n]).values for n in ("kl", "flip"))
@@ -190,11 +154,11 @@ def _output(name: str, cell: xr.DataTree) -> list[Finding]:
         f"({shift.low:.3g} to {shift.high:.3g}); the most likely token changes at "
         f"{100 * flips.value:.0f} % of positions ({100 * flips.low:.0f} to {100 * flips.high:.0f} %)."
     )
-    return [_found(claim, shift, len(kl), name, "/output/kl, /output/flip", flips=list(flips))]
+    return [claimed(claim, shift, len(kl), name, "/output/kl, /output/flip", flips=list(flips))]
 
 
 def _spaces(name: str, cell: xr.DataTree) -> list[Finding]:
-    output = _group(cell, "output")
+    output = group(cell, "output")
     if output is None or not float(output.angular.max()) > 0:
         return []
     steps = hierarchy.amplification(output.angular)
@@ -203,7 +167,7 @@ def _spaces(name: str, cell: xr.DataTree) -> list[Finding]:
              f"{s.factor.low:.2g} to {s.factor.high:.2g})" for s in steps]  # fmt: skip
     claim = f"The perturbation of {name} is {parts[0]} and {parts[1]}, in mean 1 - cosine at the output."
     return [
-        _found(
+        claimed(
             claim, steps[1].factor, steps[1].prompts, name, "/output/angular",
             h_to_z=list(steps[0].factor), z_to_p=list(steps[1].factor),
         )
@@ -217,7 +181,7 @@ def _change(factor: Interval) -> str:
 
 
 def _layers(name: str, cell: xr.DataTree) -> list[Finding]:
-    shifts = _group(cell, "shifts")
+    shifts = group(cell, "shifts")
     if shifts is None:
         return []
     rise = hierarchy.steepest(shifts.kl.sel(effect="propagated"))
@@ -231,12 +195,12 @@ def _layers(name: str, cell: xr.DataTree) -> list[Finding]:
     )
     where = f"{name}, layer {rise.layer} {rise.site}"
     return [
-        _found(claim, rise.size, rise.prompts, where, "/shifts/kl, propagated", share=rise.share)
+        claimed(claim, rise.size, rise.prompts, where, "/shifts/kl, propagated", share=rise.share)
     ]
 
 
 def _theory(name: str, cell: xr.DataTree) -> list[Finding]:
-    output = _group(cell, "output")
+    output = group(cell, "output")
     if output is None:
         return []
     temperature = float(output.attrs.get("temperature", 1.0))
@@ -251,7 +215,7 @@ def _theory(name: str, cell: xr.DataTree) -> list[Finding]:
         f"{100 * third.within:.0f} % of {third.n} positions lie within a factor of 2, median error "
         f"{100 * third.error:.0f} %; the third order is {size.value:.2g} of the second in the median prompt."
     )
-    found = _found(
+    found = claimed(
         claim, size, len(validity), name, "/output/kl, /output/var_p",
         within=third.within, error=third.error,
     )  # fmt: skip
@@ -259,8 +223,8 @@ def _theory(name: str, cell: xr.DataTree) -> list[Finding]:
 
 
 def _limit(name: str, cell: xr.DataTree, temperature: float) -> list[Finding]:
-    shifts = _group(cell, "shifts")
-    data = shifts.sel(effect="propagated") if shifts is not None else _group(cell, "output")
+    shifts = group(cell, "shifts")
+    data = shifts.sel(effect="propagated") if shifts is not None else group(cell, "output")
     stops = theory.limit(data, temperature) if data is not None else None
     if stops is None:
         return []
@@ -273,7 +237,7 @@ def _limit(name: str, cell: xr.DataTree, temperature: float) -> list[Finding]:
     else:
         claim = f"For {name} second order holds at every validity seen; {spread}."
     return [
-        _found(
+        claimed(
             claim, stops.validity, stops.prompts, name, "/shifts/validity, propagated",
             beyond=stops.beyond, error=list(stops.error),
         )
@@ -281,7 +245,7 @@ def _limit(name: str, cell: xr.DataTree, temperature: float) -> list[Finding]:
 
 
 def _weakest_layer(name: str, cell: xr.DataTree, temperature: float) -> list[Finding]:
-    shifts = _group(cell, "shifts")
+    shifts = group(cell, "shifts")
     if shifts is None:
         return []
     within = theory.by_site(shifts.sel(effect="propagated"), temperature).within.sel(theorem="3")
@@ -301,7 +265,7 @@ def _weakest_layer(name: str, cell: xr.DataTree, temperature: float) -> list[Fin
 
 
 def _cost(name: str, cell: xr.DataTree) -> list[Finding]:
-    cost = _group(cell, "cost")
+    cost = group(cell, "cost")
     if cost is None:
         return []
     packed = (
@@ -326,7 +290,7 @@ def _cost(name: str, cell: xr.DataTree) -> list[Finding]:
 def _compare(cells: Mapping[str, xr.DataTree]) -> list[Finding]:
     kls: dict[str, np.ndarray] = {}
     for name, cell in cells.items():
-        output = _group(cell, "output")
+        output = group(cell, "output")
         if output is not None:
             kls[name] = hierarchy.prompt_means(output.kl).values
     if len(kls) < 2 or len({len(v) for v in kls.values()}) > 1:
@@ -340,4 +304,4 @@ def _compare(cells: Mapping[str, xr.DataTree]) -> list[Finding]:
         f"ahead of {order[-2]} (difference {estimate.value:.3g} nat, {estimate.low:.3g} to {estimate.high:.3g}, "
         "paired over prompts)."
     )
-    return [_found(claim, estimate, len(most), "all cells", "/output/kl", order=order)]
+    return [claimed(claim, estimate, len(most), "all cells", "/output/kl", order=order)]

@@ -36,6 +36,8 @@ class Variable:
 
 
 _POSITION = ("prompt", "token")
+_STEP = ("prompt", "step")
+_HISTORY = (*_STEP, "history")
 _SITE = ("prompt", "token", "layer", "site", "effect")
 
 
@@ -65,6 +67,15 @@ def _figures(dims: tuple[str, ...]) -> dict[str, Variable]:
     }
 
 
+def _histories() -> dict[str, Variable]:
+    figures = _figures(_HISTORY)
+    names = (
+        "cosine", "angular", "kl", "kl_reverse", "js", "tv", "var_p", "var_r", "flip",
+        "entropy_candidate",
+    )  # fmt: skip
+    return {name: figures[name] for name in names}
+
+
 SCHEMA: dict[str, dict[str, Variable]] = {
     "shifts": _figures(_SITE),
     "output": _figures(_POSITION),
@@ -79,12 +90,20 @@ SCHEMA: dict[str, dict[str, Variable]] = {
             ("item", "model"), "", "what the model wrote, or the option it chose", kind="U"
         ),
     },
-    "samples": {
-        "text": Variable(("sample", "model"), "", "greedy continuation of the prompt", kind="U"),
-        "prompt_text": Variable(("sample",), "", "the prompt", kind="U"),
-        "first_divergence": Variable(
-            ("sample",), "token", "first step with different tokens; -1: none", kind="i"
-        ),
+    "steps": {
+        **_histories(),
+        "margin": _figures(_STEP)["margin"],
+        "entropy": _figures(_STEP)["entropy"],
+        "token": Variable((*_STEP, "model"), "1", "token that was written; -1: ended", kind="i"),
+        "token_text": Variable((*_STEP, "model"), "", "the token as text", kind="U"),
+        "text": Variable(("prompt", "model"), "", "what the model wrote", kind="U"),
+        "prompt_text": Variable(("prompt",), "", "the prompt", kind="U"),
+        "no_stop": Variable(("prompt", "model"), "1", "1 where the limit of steps ended the text"),
+    },
+    "temperatures": {
+        name: figure
+        for name, figure in _figures((*_HISTORY, "temperature")).items()
+        if name in ("kl", "kl_reverse", "tv", "var_p", "entropy_candidate")
     },
     "cost": {
         "parameters": Variable(("model",), "1", "parameters, shared ones once"),
@@ -101,6 +120,7 @@ SCHEMA: dict[str, dict[str, Variable]] = {
 SPACES = ("h", "z", "p")
 SITES = ("attn", "mlp")
 EFFECTS = ("local", "propagated")
+HISTORIES = ("step", "forced", "free", "swapped")
 MODELS = ("dense", "candidate")
 
 

@@ -1,6 +1,7 @@
 """A model in, labelled numbers out."""
 
 from .compress import compress
+from .decode import decode
 from .kernels import Readout, compare_logits, compare_states
 from .load import load
 from .measure import measure
@@ -19,6 +20,7 @@ __all__ = [
     "compare_logits",
     "compare_states",
     "compress",
+    "decode",
     "generate",
     "load",
     "load_tasks",

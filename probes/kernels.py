@@ -7,7 +7,7 @@ formulas are those of the README's table (z: logits, p = softmax(z/T), dense fir
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from .reduction import (
     FIGURES,
     Figures,
+    Leaders,
     Settings,
     keep_freed_memory,
     leaders,
@@ -156,7 +157,6 @@ def compare_states(
     )[0]  # fmt: skip
 
 
-@torch.no_grad()
 def compare_many(
     dense: Tensor,
     candidates: Sequence[Tensor],
@@ -176,33 +176,64 @@ def compare_many(
     A candidate whose states and readout equal the dense ones costs no product: its shifts are
     exactly zero.
     """
-    _check_states(dense, candidates, readout, candidate_readout, temperature, top_k)
+    return compare_at(
+        dense, candidates, readout, candidate_readout,
+        temperatures=(temperature,), top_k=top_k, block=block, compiled=compiled, space=space,
+    )[0]  # fmt: skip
+
+
+@torch.no_grad()
+def compare_at(
+    dense: Tensor,
+    candidates: Sequence[Tensor],
+    readout: Readout,
+    candidate_readout: Readout,
+    *,
+    temperatures: Sequence[float],
+    top_k: int = TOP_K,
+    block: int | None = None,
+    compiled: bool = False,
+    space: Tensor | None = None,
+) -> list[list[Figures]]:
+    """As `compare_many` at several temperatures, `[temperature][candidate]`: logits are made once."""
+    for temperature in temperatures:
+        _check_states(dense, candidates, readout, candidate_readout, temperature, top_k)
     keep_freed_memory()
-    settings = Settings(float(temperature), top_k, compiled)
-    same_readout = readout.same(candidate_readout)
+    every = [Settings(float(t), top_k, compiled) for t in temperatures]
+    done: list[list[list[Tensor]]] = [[[] for _ in candidates] for _ in every]
     if space is None:
         space = workspace(readout, block or len(dense), dense.device, len(candidates))
     block = _even(len(dense), min(block or len(dense), space.shape[1]))
-    done: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(dense), block):
-        rows = dense[start : start + block]
-        others = [states[start : start + block] for states in candidates]
-        moved = [i for i, x in enumerate(others) if not (same_readout and torch.equal(x, rows))]
-        room = len(space) - 1
-        ahead = moved[:room] if same_readout else []
-        z, *made = _logits(readout, [rows, *(others[i] for i in ahead)], space)
-        first, still = leaders(z, top_k), [i for i in range(len(others)) if i not in moved]
-        for i in still:
-            done[i].append(reduce_block(z, z, settings, first))
-        rest = moved[len(ahead) :]
-        for group in (ahead, *(rest[i : i + room] for i in range(0, len(rest), room))):
-            if group is not ahead:
-                made = _logits(candidate_readout, [others[i] for i in group], space[1:])
-            for i, y in zip(group, made, strict=True):
-                if same_readout:
-                    _settle(y, z, torch.all(others[i] == rows, dim=-1))
-                done[i].append(reduce_block(z, y, settings, first))
-    return [dict(zip(FIGURES, torch.cat(columns).T, strict=True)) for columns in done]
+        states = [x[start : start + block] for x in (dense, *candidates)]
+        first: Leaders | None = None
+        for i, z, y in _pairs(states, readout, candidate_readout, space):
+            first = first or leaders(z, top_k)
+            for settings, columns in zip(every, done, strict=True):
+                columns[i].append(reduce_block(z, y, settings, first))
+    return [
+        [dict(zip(FIGURES, torch.cat(columns).T, strict=True)) for columns in here] for here in done
+    ]
+
+
+def _pairs(
+    states: list[Tensor], readout: Readout, candidate_readout: Readout, space: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Number and logits of each candidate beside the dense logits; the same tensor where equal."""
+    rows, others = states[0], states[1:]
+    same_readout, room = readout.same(candidate_readout), len(space) - 1
+    moved = [i for i, x in enumerate(others) if not (same_readout and torch.equal(x, rows))]
+    ahead = moved[:room] if same_readout else []
+    z, *made = _logits(readout, [rows, *(others[i] for i in ahead)], space)
+    yield from ((i, z, z) for i in range(len(others)) if i not in moved)
+    rest = moved[len(ahead) :]
+    for group in (ahead, *(rest[i : i + room] for i in range(0, len(rest), room))):
+        if group is not ahead:
+            made = _logits(candidate_readout, [others[i] for i in group], space[1:])
+        for i, y in zip(group, made, strict=True):
+            if same_readout:
+                _settle(y, z, torch.all(others[i] == rows, dim=-1))
+            yield i, z, y
 
 
 def _logits(readout: Readout, states: list[Tensor], space: Tensor) -> list[Tensor]:

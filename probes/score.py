@@ -274,11 +274,11 @@ def generate(
     rows = [model.tokenizer(p)["input_ids"] for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     result: list[tuple[str, list[int], bool]] = [("", [], False)] * len(rows)
-    done = 0
+    stops, done = [_LineEnd(model)] if stop_at_line else [], 0
     for batch in (order[i : i + BATCH_ROWS] for i in range(0, len(order), BATCH_ROWS)):
         for i, tokens in zip(
             batch,
-            _continue(model, [rows[i] for i in batch], max_new_tokens, stop_at_line),
+            extend(model, [rows[i] for i in batch], max_new_tokens, stops),
             strict=True,
         ):
             result[i] = _ended(model, tokens, max_new_tokens, stop_at_line)
@@ -287,10 +287,18 @@ def generate(
     return result
 
 
-def _continue(
-    model: Model, rows: list[list[int]], limit: int, stop_at_line: bool
+def extend(
+    model: Model,
+    rows: list[list[int]],
+    limit: int,
+    stops: Sequence[Callable[..., Tensor]] = (),
+    processors: Sequence[Callable[..., Tensor]] = (),
 ) -> list[list[int]]:
-    from transformers import GenerationConfig, StoppingCriteriaList
+    """Up to `limit` tokens after each row, the largest logit each time; ended rows are padded.
+
+    `stops` and `processors` are transformers' stopping criteria and logits processors.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     batch = pad(model, rows, side="left")
     del batch["position_ids"]  # generation makes its own from the mask
@@ -298,9 +306,11 @@ def _continue(
         max_new_tokens=limit, do_sample=False, pad_token_id=model.tokenizer.pad_token_id,
         eos_token_id=model.tokenizer.eos_token_id,
     )  # fmt: skip
-    stops = StoppingCriteriaList([_LineEnd(model)] if stop_at_line else [])
     with torch.no_grad():
-        ids = model.module.generate(**batch, generation_config=config, stopping_criteria=stops)
+        ids = model.module.generate(
+            **batch, generation_config=config, stopping_criteria=StoppingCriteriaList(stops),
+            logits_processor=LogitsProcessorList(processors),
+        )  # fmt: skip
     return ids[:, batch["input_ids"].shape[1] :].tolist()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .anatomy import Anatomy, AnatomyError, Sublayer, contribution, first
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]  # tensors; the mask may be one for each kind of attention
 
 
 class Site(NamedTuple):
@@ -94,10 +94,14 @@ def verify(module: nn.Module, anatomy: Anatomy, softcap: float | None) -> None:
     _expect("unembedding of the final norm = logits", logits, seen["logits"])
 
 
-def final_states(module: nn.Module, anatomy: Anatomy, batch: Batch) -> Tensor:
-    """Residual stream before the final norm, `(prompt, token, d_model)`; no unembedding runs."""
+def final_states(module: nn.Module, anatomy: Anatomy, batch: Batch, cache: Any = None) -> Tensor:
+    """Residual stream before the final norm, `(prompt, token, d_model)`; no unembedding runs.
+
+    A key-value `cache` is read and written as in generation.
+    """
     model = wrap(module)
-    with torch.no_grad(), model.trace(**batch, use_cache=False) as tracer:
+    used = {"past_key_values": cache, "use_cache": cache is not None}
+    with torch.no_grad(), model.trace(**batch, **used) as tracer:
         states = model.get(anatomy.final_norm).input.save()
         tracer.stop()
     return states

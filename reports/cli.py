@@ -47,7 +47,13 @@ CalibrationOption = Annotated[
 LimitOption = Annotated[
     int | None, typer.Option("--limit", help="Items per task, drawn with the seed (default: all).")
 ]
-StepsOption = Annotated[int, typer.Option("--steps", help="Tokens of the sample continuations.")]
+StepsOption = Annotated[int, typer.Option("--steps", help="Tokens that both models write.")]
+SampledOption = Annotated[
+    bool,
+    typer.Option(
+        "--sampled/--greedy", help="Draw the tokens at --temperature, or take the likeliest."
+    ),
+]
 TemperatureOption = Annotated[
     float, typer.Option("--temperature", help="Softmax temperature T of the figures.")
 ]
@@ -77,6 +83,7 @@ def diagnose(
     calibration: CalibrationOption = None,
     limit: LimitOption = None,
     steps: StepsOption = 32,
+    sampled: SampledOption = False,
     temperature: TemperatureOption = 1.0,
     seed: SeedOption = 24652,
     lens: LensOption = "norm",
@@ -87,7 +94,7 @@ def diagnose(
     """Compress MODEL by each recipe, compare it with itself, and write the report."""
     options: dict[str, Any] = {
         "model": model, "recipes": tuple(str(Recipe.parse(r)) for r in recipe), "tasks": _names(tasks),
-        "data": data, "prompts": prompts, "calibration": calibration, "limit": limit, "steps": steps, "temperature": temperature,
+        "data": data, "prompts": prompts, "calibration": calibration, "limit": limit, "steps": steps, "sampled": sampled, "temperature": temperature,
         "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     _study(options, out)
@@ -105,6 +112,7 @@ def compare(
     prompts: PromptsOption = None,
     limit: LimitOption = None,
     steps: StepsOption = 32,
+    sampled: SampledOption = False,
     temperature: TemperatureOption = 1.0,
     seed: SeedOption = 24652,
     lens: LensOption = "norm",
@@ -115,7 +123,7 @@ def compare(
     """Compare DENSE with checkpoints that were compressed elsewhere, on the same footing."""
     options: dict[str, Any] = {
         "model": dense, "candidates": tuple(candidate), "tasks": _names(tasks),
-        "data": data, "prompts": prompts, "limit": limit, "steps": steps, "temperature": temperature,
+        "data": data, "prompts": prompts, "limit": limit, "steps": steps, "sampled": sampled, "temperature": temperature,
         "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     _study(options, out)
@@ -249,6 +257,7 @@ def _study(options: dict[str, Any], out: Path) -> None:
 
 def _usage_errors() -> tuple[type[Exception], ...]:
     from ..probes.anatomy import AnatomyError
+    from ..probes.decode import DecodeError
     from ..probes.load import LoadError
     from ..probes.measure import MeasureError
     from ..probes.save import SaveError
@@ -257,6 +266,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
 
     return (
         AnatomyError,
+        DecodeError,
         LoadError,
         MeasureError,
         RecipeError,

@@ -15,9 +15,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ..analysis import collapse, hierarchy, theory
+from ..analysis import collapse, decoding, hierarchy, theory
 
 COLOURS = {"h": "#4477aa", "z": "#228833", "p": "#cc3311", "kl": "#882255"}
+HISTORIES = {"step": "#4477aa", "forced": "#228833", "free": "#cc3311", "swapped": "#888888"}
 FORMATS = {"choice": "#4477aa", "generation": "#cc6600"}
 SPACE_NAMES = {"h": "hidden state h", "z": "logits z", "p": "probabilities p"}
 STYLE: Any = {
@@ -241,6 +242,83 @@ def validity(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     return [_finish("validity", figure, caption, f"Points by bytes saved. {told}.")]
 
 
+# --- decoding ------------------------------------------------------------------------------------
+
+
+def histories(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
+    """The four histories on one axis, survival observed and predicted, and temperature, by cell."""
+    return [
+        _decoding(name, cell["steps"].to_dataset(), cell)
+        for name, cell in cells.items()
+        if "steps" in cell.children and float(cell["steps"].kl.max()) > 0
+    ]
+
+
+def _decoding(name: str, steps: xr.Dataset, cell: xr.DataTree) -> Picture:
+    figure = Figure(figsize=(9.2, 3.1))
+    axes = figure.subplots(1, 3, width_ratios=[1.5, 1.1, 1])
+    curves = decoding.curves(steps)
+    for history, colour in HISTORIES.items():
+        _step_curve(axes[0], curves.sel(history=history), colour, history)
+    axes[0].set_yscale("log")
+    axes[0].set_title("KL(p‖p′) by history, nat", fontsize=9)
+    axes[0].set_xlabel("step")
+    axes[0].legend(frameon=False, fontsize=7.5, ncols=2)
+    life = decoding.survival(steps)
+    _survival_panel(axes[1], life, bool(steps.attrs.get("sampled")))
+    if "temperatures" in cell.children:
+        _temperature_panel(axes[2], cell["temperatures"].to_dataset())
+    figure.tight_layout()
+    caption = (
+        f"{name}, decoding. Left: step: the dense text and the dense cache, one compressed step; forced: its own "
+        "cache; free: its own text; swapped: the dense model on that text, no compressed weight at all. Middle: "
+        "share of texts that are still the dense text (Kaplan–Meier), and the band predicted from the forced pass "
+        "for draws with common random numbers. Right: mean KL of the same logits at other temperatures. Bands and "
+        "bars: 95 % over prompts."
+    )
+    last = ", ".join(f"{h} {float(curves.value.sel(history=h).mean()):.2g}" for h in HISTORIES)
+    alternative = f"Decoding of {name}. Mean KL over the steps: {last} nat. {life.parted} of {life.prompts} texts part."
+    return _finish(f"decoding-{safe(name)}", figure, caption, alternative)
+
+
+def _step_curve(axis: Any, data: xr.Dataset, colour: str, label: str) -> None:
+    value, low, high = (
+        np.where(data[n].values > 1e-12, data[n].values, np.nan) for n in ("value", "low", "high")
+    )
+    axis.plot(data.step.values, value, color=colour, lw=1.4, label=label)
+    axis.fill_between(data.step.values, low, high, color=colour, alpha=0.13, lw=0)
+
+
+def _survival_panel(axis: Any, life: decoding.Survival, sampled: bool) -> None:
+    label = "predicted" if sampled else "predicted, were it drawn"
+    axis.fill_between(
+        life.step, life.lower, life.upper, color="#4477aa", alpha=0.25, lw=0, label=label
+    )
+    axis.step(life.step, life.observed, where="post", color="#cc3311", lw=1.4, label="observed")
+    axis.fill_between(
+        life.step, life.low, life.high, step="post", color="#cc3311", alpha=0.13, lw=0
+    )
+    axis.axhline(0.5, color="#999999", lw=0.8, ls="--")
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_title("share of texts not yet parted", fontsize=9)
+    axis.set_xlabel("tokens")
+    axis.legend(frameon=False, fontsize=7.5)
+
+
+def _temperature_panel(axis: Any, temperatures: xr.Dataset) -> None:
+    data = decoding.by_temperature(temperatures)
+    for history, colour in HISTORIES.items():
+        line = data.sel(history=history)
+        value, low, high = (line[n].values for n in ("value", "low", "high"))
+        bars = [np.maximum(value - low, 0), np.maximum(high - value, 0)]
+        axis.errorbar(
+            line.temperature.values, value, yerr=bars, color=colour, lw=1.2, marker="o", ms=3
+        )
+    axis.set_yscale("log")
+    axis.set_title("mean KL, nat", fontsize=9)
+    axis.set_xlabel("temperature T")
+
+
 def _theory_pairs(cell: xr.DataTree) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     parts: list[dict[str, tuple[np.ndarray, np.ndarray]]] = []
     for group in ("shifts", "output"):
@@ -291,5 +369,6 @@ FIGURES: tuple[Callable[[Mapping[str, xr.DataTree]], list[Picture]], ...] = (
     layers,
     theorems,
     validity,
+    histories,
 )
 """Every figure. A new one is a function from cells to pictures, and a row here."""

@@ -12,10 +12,22 @@ import jinja2
 import numpy as np
 import xarray as xr
 
-from ..analysis import Finding, collapse, diagnose, hierarchy, provenance, schema, theory
+from ..analysis import (
+    Finding,
+    collapse,
+    decoding,
+    diagnose,
+    hierarchy,
+    provenance,
+    schema,
+    theory,
+)
 from . import figures
 
+KINDS = ("layers", "decoding")  # figures of one cell each
 CHANGED = 4  # changed answers shown per cell
+STRIPS = 4  # prompts whose texts are shown token by token
+SHADE_FULL = 4.0  # nat of KL at which a token is shaded fully
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -28,7 +40,9 @@ class Section:
     findings: list[Finding]
     retention: list[collapse.Retention]
     theory: list[theory.Fit]
-    samples: list[dict[str, Any]]
+    texts: list[dict[str, Any]]
+    flips: list[decoding.Flips]
+    calibration: list[decoding.Bin]
     changed: list[dict[str, Any]]
     pictures: list[figures.Picture]
     attributes: dict[str, Any]
@@ -73,9 +87,10 @@ def page(
     return environment.get_template("report.html.jinja").render(
         sections=sections,
         across=[f for f in found if f.where == "all cells"],
-        shared=[p for p in pictures if not p.name.startswith("layers-")],
+        shared=[p for p in pictures if p.name.split("-")[0] not in KINDS],
         verdicts=collapse.VERDICTS,
         theorems=theory.THEOREMS,
+        shade_full=SHADE_FULL,
         provenance=next(iter(sections)).attributes if sections else {},
         made=provenance.stamp(),
     )
@@ -106,6 +121,8 @@ def _cell_summary(cell: xr.DataTree) -> dict[str, Any]:
         result["theory"] = [
             f.__dict__ for f in theory.fits(output, float(output.attrs["temperature"]))
         ]
+    if "steps" in cell.children:
+        result["decoding"] = _decoding_summary(cell["steps"].to_dataset())
     if "cost" in cell.children:
         cost = cell["cost"].to_dataset()
         result["cost"] = {
@@ -113,6 +130,17 @@ def _cell_summary(cell: xr.DataTree) -> dict[str, Any]:
             for n, v in cost.data_vars.items()
         }
     return result
+
+
+def _decoding_summary(steps: xr.Dataset) -> dict[str, Any]:
+    life, curves = decoding.survival(steps), decoding.curves(steps)
+    return {
+        "factors": {name: list(value) for name, value in decoding.factors(steps).items()},
+        "kl": {str(h): curves.value.sel(history=h).values.tolist() for h in curves.history.values},
+        "parted": life.parted, "prompts": life.prompts, "median": life.median,
+        "half_life": list(life.half_life), "agreement": life.agreement,
+        "observed": life.observed.tolist(), "lower": life.lower.tolist(), "upper": life.upper.tolist(),
+    }  # fmt: skip
 
 
 def _finite(value: Any) -> Any:
@@ -132,6 +160,7 @@ def _section(
     mine = [f for f in found if f.where == name or f.where.startswith(f"{name}, ")]
     scores = cell["scores"].to_dataset() if "scores" in cell.children else None
     output = cell["output"].to_dataset() if "output" in cell.children else None
+    steps = cell["steps"].to_dataset() if "steps" in cell.children else None
     tasks = {row.task for row in collapse.retentions(scores)} if scores is not None else set()
     return Section(
         name,
@@ -143,25 +172,44 @@ def _section(
         ],
         collapse.retentions(scores) if scores is not None else [],
         theory.fits(output, float(output.attrs["temperature"])) if output is not None else [],
-        _samples(cell),
+        _texts(steps) if steps is not None else [],
+        decoding.flips(steps) if steps is not None else [],
+        decoding.calibration(steps) if steps is not None else [],
         _changed(scores) if scores is not None else [],
-        [p for p in pictures if p.name == f"layers-{figures.safe(name)}"],
+        [p for p in pictures if p.name in {f"{kind}-{figures.safe(name)}" for kind in KINDS}],
         _attributes(cell),
     )
 
 
-def _samples(cell: xr.DataTree) -> list[dict[str, Any]]:
-    if "samples" not in cell.children:
-        return []
-    data = cell["samples"].to_dataset()
+def _texts(steps: xr.Dataset) -> list[dict[str, Any]]:
+    """Both texts of a few prompts, token by token with the KL of the step; earliest to part first."""
+    time, parts = decoding.divergence(steps)
+    order = np.lexsort((time, ~parts))[:STRIPS]
     return [
         {
             "prompt": str(row.prompt_text.item()),
-            "dense": str(row.text.sel(model="dense").item()),
-            "candidate": str(row.text.sel(model="candidate").item()),
-            "first": int(row.first_divergence.item()),
+            "first": int(time[i]) if parts[i] else None,
+            "sides": [
+                (str(model), _strip(row, str(model), history, int(time[i]) if parts[i] else -1))
+                for model, history in (("dense", "forced"), ("candidate", "free"))
+            ],
         }
-        for row in (data.isel(sample=i) for i in range(data.sizes["sample"]))
+        for i, row in ((int(i), steps.isel(prompt=int(i))) for i in order)
+    ]
+
+
+def _strip(row: xr.Dataset, model: str, history: str, first: int) -> list[dict[str, Any]]:
+    token = row.token.sel(model=model).values
+    text = row.token_text.sel(model=model).values
+    kl = row.kl.sel(history=history).values
+    return [
+        {
+            "text": str(text[t]),
+            "kl": None if not np.isfinite(kl[t]) else float(kl[t]),
+            "shade": 0 if not np.isfinite(kl[t]) else round(min(1.0, float(kl[t]) / SHADE_FULL), 2),
+            "first": t == first,
+        }
+        for t in np.flatnonzero(token >= 0)
     ]
 
 

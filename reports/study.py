@@ -24,16 +24,17 @@ import xarray as xr
 from ..analysis import provenance, schema
 from ..probes.compress import check as check_recipe
 from ..probes.compress import compress, cost
+from ..probes.decode import check_texts, decode, write
 from ..probes.load import DTYPES, exists, load
 from ..probes.measure import MeasureError, check_pair, check_prompts, measure
 from ..probes.model import Model
 from ..probes.rank import calibration_texts
 from ..probes.recipe import Recipe
-from ..probes.score import Answer, answers, generate, pair
+from ..probes.score import Answer, answers, pair
 from ..probes.tasks import SEED, TWINS, Task, data_text, load_tasks
 from .progress import Progress
 
-SAMPLES = 6
+DECODED = 16  # prompts that both models go on from
 PEAK_UNIT = 1024  # ru_maxrss counts KiB on Linux
 
 
@@ -54,6 +55,7 @@ class Request:
     calibration: str | None = None
     limit: int | None = None
     steps: int = 32
+    sampled: bool = False
     temperature: float = 1.0
     seed: int = SEED
     lens: str = "norm"
@@ -198,7 +200,7 @@ class _Dense:
 
     model: Model
     answers: list[list[Answer]]
-    texts: list[tuple[str, list[int], bool]]
+    texts: list[list[int]]
     cost: dict[str, float]
 
 
@@ -220,13 +222,17 @@ def run(what: Plan, progress: Progress) -> None:
 
 def _dense(what: Plan, model: Model, progress: Progress) -> _Dense:
     replies = _dense_answers(what, model, progress)
-    with progress.task("dense: sample texts"):
-        texts = _texts(what, model)
+    with progress.task("dense: writing") as tick:
+        texts = _texts(what, model, tick)
     return _Dense(model, replies, texts, cost(model))
 
 
-def _texts(what: Plan, model: Model) -> list[tuple[str, list[int], bool]]:
-    return generate(model, what.prompts[:SAMPLES], what.request.steps)
+def _texts(what: Plan, model: Model, tick: Callable[[float], None]) -> list[list[int]]:
+    request = what.request
+    return write(
+        model, what.prompts[:DECODED], request.steps, seed=request.seed, progress=tick,
+        temperature=request.temperature if request.sampled else None,
+    )  # fmt: skip
 
 
 def _load(request: Request, source: str, progress: Progress) -> Model:
@@ -240,6 +246,7 @@ def _check_against(what: Plan, dense: Model) -> None:
     for recipe in what.recipes.values():
         check_recipe(dense, recipe)
     check_prompts(dense, what.prompts)
+    check_texts(dense, what.prompts[:DECODED], what.request.steps)
 
 
 def _merged(request: Request, folder: Path) -> dict[str, Any]:
@@ -288,11 +295,11 @@ def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
     lap("measure")
     scores = pair(what.tasks, dense.answers, _answers(candidate, what.tasks, name, progress))
     lap("score")
-    with progress.task(f"{name}: sample texts"):
-        samples = _samples(what, dense.texts, _texts(what, candidate))
-    lap("samples")
+    with progress.task(f"{name}: decoding") as tick:
+        decoded = _decode(what, dense, candidate, tick)
+    lap("decode")
     groups = {n: node.to_dataset() for n, node in tree.children.items()}
-    groups |= {"scores": scores, "samples": samples, "cost": _cost(dense.cost, candidate, seconds)}
+    groups |= {"scores": scores, **decoded, "cost": _cost(dense.cost, candidate, seconds)}
     stamp = _provenance(what, name, dense.model, candidate)
     schema.write(schema.tree(groups, stamp), what.cell(name))
 
@@ -322,30 +329,21 @@ def _measure(
     )  # fmt: skip
 
 
-def _samples(
-    what: Plan,
-    dense: list[tuple[str, list[int], bool]],
-    candidate: list[tuple[str, list[int], bool]],
-) -> xr.Dataset:
-    prompts, sides = list(what.prompts[:SAMPLES]), (dense, candidate)
-    first = [_first_difference(a[1], b[1]) for a, b in zip(*sides, strict=True)]
-    text = np.array([[t for t, _, _ in side] for side in sides], dtype=object).T
-    variables = {
-        "text": text,
-        "prompt_text": np.array(prompts, dtype=object),
-        "first_divergence": np.array(first),
-    }
-    coords = {"sample": np.arange(len(prompts)), "model": list(schema.MODELS)}
-    return schema.dataset(
-        "samples", variables, coords, {"steps": what.request.steps, "decoding": "greedy"}
-    )
+def _decode(
+    what: Plan, dense: _Dense, candidate: Model, tick: Callable[[float], None]
+) -> dict[str, xr.Dataset]:
+    cell = decode(
+        dense.model, candidate, prompts=what.prompts[:DECODED], written=dense.texts, progress=tick,
+        **_decoding(what.request),
+    )  # fmt: skip
+    return {name: node.to_dataset() for name, node in cell.children.items()}
 
 
-def _first_difference(a: list[int], b: list[int]) -> int:
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return -1 if len(a) == len(b) else min(len(a), len(b))
+def _decoding(request: Request) -> dict[str, Any]:
+    return {
+        "steps": request.steps, "temperature": request.temperature, "sampled": request.sampled,
+        "seed": request.seed,
+    }  # fmt: skip
 
 
 def _cost(dense: dict[str, float], candidate: Model, seconds: dict[str, float]) -> xr.Dataset:

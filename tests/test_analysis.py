@@ -205,21 +205,28 @@ def make_cell(name="mlp-drop@3", layers=4, prompts=6, tokens=5, kl_scale=1.0):
     inner = {"layer": np.arange(layers), "site": ["attn", "mlp"], "effect": ["local", "propagated"]}
     attrs = {"temperature": 1.0, "lens": "norm"}
     output = {n: v[:, :, -1, -1, -1] for n, v in (plain | spaced).items()}
-    samples = {
-        "text": np.array([["a\nb", "<img src=x onerror=alert(1)>"]], dtype=object),
-        "prompt_text": np.array(["{{ 7 * 7 }}"], dtype=object), "first_divergence": np.array([0]),
-    }  # fmt: skip
     cost = {n: np.array([100.0, 60.0]) for n in ("parameters", "nonzero", "bytes", "bytes_packed")}
     groups = {
         "shifts": schema.dataset("shifts", plain | spaced, coords | inner, attrs),
         "output": schema.dataset("output", output, coords, attrs),
         "scores": twins(1.0, 0.1),
-        "samples": schema.dataset(
-            "samples", samples, {"model": ["dense", "candidate"]}, {"steps": 4}
-        ),
+        "steps": steps_of_cell(),
         "cost": schema.dataset("cost", cost, {"model": ["dense", "candidate"]}),
     }
     return schema.tree(groups, {"recipe": name, "model": "tiny", "versions": {"numpy": "2"}})
+
+
+def steps_of_cell(prompts=12, steps=8):
+    """`/steps` of texts that part, with texts that would be code if a page did not escape them."""
+    import test_decoding
+
+    kl = np.random.default_rng(5).gamma(2, 0.1, (prompts, steps, 4))
+    tokens, other = test_decoding.parted_at([i % steps for i in range(prompts)], steps=steps)
+    data = test_decoding.steps_of(kl, tokens=tokens, other=other)
+    data["token_text"][:, 1, 1] = "<img src=x onerror=alert(1)>"
+    data["token_text"][:, 2, 0] = "a\nb"
+    data["prompt_text"][:] = "{{ 7 * 7 }}"
+    return data
 
 
 def shifts_of(size, prompts=12, tokens=40, layers=3, spread=0.0):

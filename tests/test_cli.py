@@ -56,7 +56,7 @@ def test_diagnose_writes_what_the_readme_says(study):
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["cells"]) == ["mlp-drop@1", "rtn@int4-g16"]
     with xr.open_datatree(out / "cells" / "mlp-drop@1.nc") as cell:
-        assert {"shifts", "output", "scores", "samples", "cost"} == set(cell.children)
+        assert {"shifts", "output", "scores", "steps", "temperatures", "cost"} == set(cell.children)
         versions = json.loads(cell.attrs["versions"])
         assert versions["torch"]
         assert cell.attrs["schema"] == "1"

@@ -48,7 +48,7 @@ def test_every_picture_says_what_it_shows(rendered):
     reader = Reader()
     reader.feed(rendered[2])
     images = [a for t, a in reader.tags if t == "img"]
-    assert len(images) == 5  # retention, theory, validity, and layers of two cells
+    assert len(images) == 7  # retention, theory, validity; layers and decoding of two cells
     for image in images:
         assert len(image["alt"]) > 40
         assert image["src"].startswith("data:image/svg+xml;base64,")
@@ -92,7 +92,7 @@ def test_a_cell_with_fewer_groups_still_renders(tmp_path):
     import xarray as xr
 
     whole = make_cell()
-    for group in ("shifts", "scores", "samples", "cost", "output"):
+    for group in ("shifts", "scores", "steps", "cost", "output"):
         part = {n: c.to_dataset() for n, c in whole.children.items() if n != group}
         cell = xr.DataTree.from_dict(
             {"/": whole.to_dataset(), **{f"/{n}": d for n, d in part.items()}}

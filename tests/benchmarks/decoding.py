@@ -1,0 +1,60 @@
+"""Cost of the four histories of decoding, against the bare generation that they need anyway.
+
+    python -m tests.benchmarks.decoding [--small] [--threads 1,2]
+
+Floor: both models generate (greedy, the same batch and steps), and the candidate reads the dense
+texts once, as `forced` needs. Both sides are taken in turn within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+from datetime import date
+
+import torch
+import transformers as tf
+from prunescope.probes import Recipe, compress, decode, load
+from prunescope.probes.decode import write
+from prunescope.probes.model import pad
+
+from .kernels import ratio
+
+PROMPT = "In the year {}, a traveller came to the old town by the river and"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="four prompts, 16 steps, one round")
+    parser.add_argument("--threads", default="1,2", help="numbers of threads (default 1,2)")
+    options = parser.parse_args()
+    count, steps, rounds = (4, 16, 1) if options.small else (16, 64, 5)
+    dense = load("smollm2")
+    candidate = compress(dense, Recipe.parse("rtn@int4-g64"))
+    prompts = [PROMPT.format(1900 + i) for i in range(count)]
+    rows = [dense.tokenizer(p)["input_ids"] for p in prompts]
+
+    def floor() -> None:
+        texts = write(dense, prompts, steps)
+        write(candidate, prompts, steps)
+        batch = pad(dense, [row + text[:-1] for row, text in zip(rows, texts, strict=True)])
+        with torch.no_grad():
+            candidate.module(**batch, use_cache=False)
+
+    def ours() -> None:
+        decode(dense, candidate, prompts=prompts, steps=steps)
+
+    def one_temperature() -> None:
+        decode(dense, candidate, prompts=prompts, steps=steps, temperatures=())
+
+    print(f"{date.today()}, torch {torch.__version__}, transformers {tf.__version__}\n")
+    print("| what | threads | ratio | floor, s |\n| --- | ---: | ---: | ---: |")
+    for threads in map(int, options.threads.split(",")):
+        torch.set_num_threads(threads)
+        for name, run in (("one temperature", one_temperature), ("five temperatures", ours)):
+            value, base = ratio(run, floor, rounds)
+            what = f"decode, four histories, {count} × {steps}, {name}"
+            print(f"| {what} | {threads} | {value:.2f} | {base:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
