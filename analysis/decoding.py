@@ -306,27 +306,24 @@ def calibration(steps: xr.Dataset, bins: int = BINS) -> list[Bin]:
     """Chance to write the same token next, predicted against observed, while the texts agree.
 
     The band [(1-TV)/(1+TV), 1-TV] is of draws with common random numbers; bins hold equally many
-    steps, intervals are Wilson's.
+    steps.
     """
     time, parts = divergence(steps)
     tv = _forced(steps, "tv")
     step = np.arange(tv.shape[1])[None]
     at_risk = np.isfinite(tv) & (step <= np.where(parts, time, time - 1)[:, None])
-    stays = (step != np.where(parts, time, -1)[:, None])[at_risk]
-    chance = 1 - tv[at_risk]
-    order = np.argsort(chance, kind="stable")
-    groups = [g for g in np.array_split(order, bins) if len(g)]
-    return [_bin(chance[g], stays[g]) for g in groups]
+    stays = (step != np.where(parts, time, -1)[:, None]).astype(float)
+    chance = np.where(at_risk, 1 - tv, np.nan)
+    order = np.argsort(chance, axis=None, kind="stable")[: int(at_risk.sum())]
+    return [_bin(chance, stays, group) for group in np.array_split(order, bins) if len(group)]
 
 
-def _bin(chance: np.ndarray, stays: np.ndarray) -> Bin:
-    lower = float((chance / (2 - chance)).mean())
-    return Bin(lower, float(chance.mean()), _share(int(stays.sum()), len(stays)), len(stays))
-
-
-def _share(k: int, n: int) -> Interval:
-    span = stats.binomtest(k, n).proportion_ci(method="wilson")
-    return Interval(k / n, float(span.low), float(span.high))
+def _bin(chance: np.ndarray, stays: np.ndarray, places: np.ndarray) -> Bin:
+    inside = np.zeros(chance.size, bool)
+    inside[places] = True
+    some = chance.ravel()[places]
+    observed = _rate(stays, inside.reshape(chance.shape), "", "")[0].rate
+    return Bin(float((some / (2 - some)).mean()), float(some.mean()), observed, len(places))
 
 
 class Jump(NamedTuple):

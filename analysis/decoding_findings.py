@@ -179,11 +179,7 @@ def _loops(name: str, steps: xr.Dataset) -> Finding | None:
         return None
     time, parts = decoding.divergence(steps)
     later = (other.onset - time)[np.isfinite(other.onset) & parts]
-    after = (
-        f", beginning {np.median(later):.0f} steps after the texts part (median)"
-        if len(later)
-        else ""
-    )
+    after = _after(later) if len(later) else ""
     claim = (
         f"{ends[1]} of {len(gap)} texts of {name} end in a loop{after} (dense: {ends[0]}); the share of repeated "
         f"4-grams differs by {more.value:.2f} ({more.low:.2f} to {more.high:.2f}), {int(other.no_stop.sum())} texts "
@@ -191,6 +187,16 @@ def _loops(name: str, steps: xr.Dataset) -> Finding | None:
         f"(dense: {int(np.isfinite(dense.collapse).sum())})."
     )
     return claimed(claim, more, len(gap), name, "/steps/token", loops=ends)
+
+
+def _after(later: np.ndarray) -> str:
+    if len(later) == 1:
+        return f", beginning {later[0]:.0f} steps after the texts part"
+    middle = bootstrap(lambda pick: np.median(later[pick], axis=-1), len(later))
+    return (
+        f", beginning {middle.value:.0f} steps after the texts part "
+        f"(median, {middle.low:.0f} to {middle.high:.0f})"
+    )
 
 
 def _temperature(name: str, temperatures: xr.Dataset) -> Finding | None:

@@ -1,7 +1,8 @@
 """Decoding: four histories that tell one step's error from what the cache and the text add to it.
 
 The dense model's own text fixes what is compared. Both models write by batched generation; all
-figures then come from single passes over whole texts, in which every position is a step:
+figures then come from single passes over whole texts, in which every position is a step (`free`
+is read while the candidate writes):
 
 * `step`: the candidate reads the dense text, and in every attention the dense model's keys and
   values of all earlier tokens; only the newest token's are its own.
@@ -30,6 +31,7 @@ from .anatomy import dropped
 from .kernels import Figures, Readout, compare_at
 from .measure import MeasureError, angles, check_pair, check_prompts
 from .model import Model, pad
+from .reduction import worth_fusing
 from .score import extend
 from .tasks import SEED
 
@@ -54,7 +56,7 @@ def decode(
     sampled: bool = False,
     seed: int = SEED,
     written: Rows | None = None,
-    compiled: bool = False,
+    compiled: bool | None = None,
     progress: Callable[[float], None] = lambda _: None,
 ) -> xr.DataTree:
     """Both models write after every prompt; every step is measured with four histories.
@@ -70,7 +72,7 @@ def decode(
             get the same Gumbel noise, so that they part only where their distributions do.
         seed: of that noise.
         written: what `write` gave for the dense model with the same settings, to spare it here.
-        compiled: fuse the kernels with `torch.compile`.
+        compiled: fuse the kernels with `torch.compile`. None: as in `measure`.
         progress: called with the share of the work that is done.
 
     Returns:
@@ -87,15 +89,17 @@ def decode(
     noise = temperature if sampled else None
     own = _writer(progress, 0.0, 0.35 if written is None else 0.0)
     texts = written or write(dense, prompts, steps, temperature=noise, seed=seed, progress=own)
-    others = write(
-        candidate, prompts, steps, temperature=noise, seed=seed,
-        progress=_writer(progress, 0.35 if written is None else 0.0, 0.8),
-    )  # fmt: skip
+    began = _writer(progress, 0.35 if written is None else 0.0, 0.8)
+    others, free = _write(candidate, prompts, steps, noise, seed, began)
     store = _Store(len(prompts), steps, temperatures)
     every = (temperature, *temperatures)
+    if compiled is None:
+        rows_read = sum(map(len, texts)) * len(schema.HISTORIES)
+        compiled = worth_fusing(rows_read * len(every) * dense.vocabulary)
     pair, cached, done = (dense, candidate), readable(dense, candidate), 0
     for part in _batches([len(r) + steps for r in rows]):
-        batch = _Batch(part, *([side[i] for i in part] for side in (rows, texts, others)))
+        sides = ([side[i] for i in part] for side in (rows, texts, others))
+        batch = _Batch(part, *sides, free=[free[i] for i in part])
         _measure(pair, batch, every, store, cached, compiled)
         done += len(part)
         progress(0.8 + 0.2 * done / len(rows))
@@ -175,19 +179,32 @@ def write(
     Greedy, or with a `temperature` drawn by Gumbel noise that depends on the seed, the prompt's
     number and the step alone: two models given the same seed get the same noise.
     """
+    return _write(model, prompts, steps, temperature, seed, progress)[0]
+
+
+def _write(
+    model: Model,
+    prompts: Sequence[str],
+    steps: int,
+    temperature: float | None,
+    seed: int,
+    progress: Callable[[float], None],
+) -> tuple[Rows, list[Tensor]]:
+    """What `write` gives, and the states that every token was read from, `(step, d_model)` each."""
     rows = [model.tokenizer(p)["input_ids"] for p in prompts]
     found: Rows = [[] for _ in rows]
-    done = 0
+    states = [torch.empty(0)] * len(rows)
+    end, done = model.tokenizer.eos_token_id, 0
     for part in _batches([len(r) + steps for r in rows]):
         noise = [] if temperature is None else [_Gumbel(temperature, seed, part)]
-        for i, ids in zip(
-            part, extend(model, [rows[i] for i in part], steps, processors=noise), strict=True
-        ):
-            end = model.tokenizer.eos_token_id
+        with trace.newest_states(model.module, model.anatomy) as newest:
+            texts = extend(model, [rows[i] for i in part], steps, processors=noise)
+        for i, ids, seen in zip(part, texts, torch.stack(newest, dim=1), strict=True):
             found[i] = ids[: ids.index(end) + 1] if end in ids else ids
+            states[i] = seen[: len(found[i])]
         done += len(part)
         progress(done / len(rows))
-    return found
+    return found, states
 
 
 class _Gumbel:
@@ -225,7 +242,10 @@ def _writer(progress: Callable[[float], None], start: float, end: float) -> Call
 class _Batch:
     """Prompts with both texts: which, their tokens, and the rows that are read."""
 
-    def __init__(self, prompts: list[int], rows: Rows, texts: Rows, others: Rows) -> None:
+    def __init__(
+        self, prompts: list[int], rows: Rows, texts: Rows, others: Rows, free: list[Tensor]
+    ) -> None:
+        self.free = free
         self.prompts, self.starts = prompts, [len(row) for row in rows]
         self.steps = [len(text) for text in texts]
         self.common = [min(len(a), len(b)) for a, b in zip(texts, others, strict=True)]
@@ -243,14 +263,19 @@ class _Batch:
             [np.arange(n) < m for n, m in zip(self.steps, self.common, strict=True)]
         )
 
-    def at_steps(self, states: Tensor, like: Tensor | None = None) -> Tensor:
-        """States that predict each step, `(position, d_model)`; after a text's end those of `like`."""
-        pieces: list[Tensor] = []
-        lengths = self.steps if like is None else self.common
-        rest = like.split(self.steps) if like is not None else [states[0, :0]] * len(lengths)
-        for row, start, n, other in zip(states, self.starts, lengths, rest, strict=True):
-            pieces += [row[start - 1 : start - 1 + n], other[n:]]
-        return torch.cat(pieces)
+    def at_steps(self, states: Tensor) -> list[Tensor]:
+        """States that predict each step, `(step, d_model)` for each prompt."""
+        return [row[start - 1 :] for row, start in zip(states, self.starts, strict=True)]
+
+    def common_steps(self, states: list[Tensor], rest: Tensor) -> Tensor:
+        """States of the steps that both texts have, then those of `rest`, `(position, d_model)`."""
+        others = zip(states, self.common, rest.split(self.steps), strict=True)
+        return torch.cat([piece for x, n, other in others for piece in (x[:n], other[n:])])
+
+    def own_steps(self, states: Tensor) -> Tensor:
+        """States of all steps of the dense text, `(position, d_model)`."""
+        pieces = zip(self.at_steps(states), self.steps, strict=True)
+        return torch.cat([x[:n] for x, n in pieces])
 
 
 def _measure(
@@ -261,15 +286,15 @@ def _measure(
     cached: bool,
     compiled: bool,
 ) -> None:
-    """All histories of one batch: five passes over whole texts."""
+    """All histories of one batch: four passes over whole texts; `free` was seen while writing."""
     dense, candidate = pair
     memory = DynamicCache()
-    h = batch.at_steps(_states(dense, batch.dense, memory))
-    found = {"step": batch.at_steps(_one_step(candidate, batch.dense, memory))} if cached else {}
+    h = batch.own_steps(_states(dense, batch.dense, memory))
+    found = {"step": batch.own_steps(_one_step(candidate, batch.dense, memory))} if cached else {}
     del memory
-    found["forced"] = batch.at_steps(_states(candidate, batch.dense))
-    found["free"] = batch.at_steps(_states(candidate, batch.candidate), h)
-    found["swapped"] = batch.at_steps(_states(dense, batch.candidate), h)
+    found["forced"] = batch.own_steps(_states(candidate, batch.dense))
+    found["free"] = batch.common_steps(batch.free, h)
+    found["swapped"] = batch.common_steps(batch.at_steps(_states(dense, batch.candidate)), h)
     readouts = {name: candidate.readout() for name in found} | {"swapped": dense.readout()}
     for names in _by_readout(readouts, dense.readout()):
         states = [found[name] for name in names]

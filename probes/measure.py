@@ -15,9 +15,10 @@ import xarray as xr
 from torch import Tensor
 
 from ..analysis import formulas, schema
-from . import reduction, trace
+from . import trace
 from .kernels import Figures, Readout, compare_many, workspace
 from .model import Lens, Model, encode
+from .reduction import worth_fusing
 
 SPACED = ("cosine", "angular", "parallel", "orthogonal")
 PLAIN = (
@@ -26,7 +27,6 @@ PLAIN = (
 )  # fmt: skip
 MAX_TOKENS = 128
 BATCH_TOKENS = 1024
-FUSED_FROM = 1_000_000_000  # pairs of logits: from here on compiling takes less time than it saves
 
 
 class MeasureError(ValueError):
@@ -97,7 +97,7 @@ def measure(
 
 def _worth_fusing(dense: Model, positions: int, layerwise: bool) -> bool:
     pairs = positions * (4 * dense.layer_count + 1 if layerwise else 1) * dense.vocabulary
-    return pairs > FUSED_FROM and reduction.fusible()
+    return worth_fusing(pairs)
 
 
 def check_pair(dense: Model, candidate: Model, layerwise: bool = True) -> None:

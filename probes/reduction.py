@@ -28,6 +28,7 @@ ACCELERATOR_ELEMENTS = 256_000_000  # both, where memory is not a cache
 TILE = 1024  # tokens that a fused pass sums in float32, in registers, before float64 takes over
 NEAR = 0.25  # a series up to here, differences and logarithms beyond
 GROUP = 64  # tokens whose maximum stands for them while the top k are searched
+FUSED_FROM = 1_000_000_000  # pairs of logits: from here on compiling takes less time than it saves
 CORRECTIONS = 4  # at most so many corrections of c; one is rarely needed
 TOLERANCE = 1e-5  # of c, against the scale of u
 
@@ -179,6 +180,12 @@ def fusible() -> bool:
         LOGGER.warning("torch.compile does not work here, measuring unfused: %s", error)
         return False
     return True
+
+
+def worth_fusing(pairs: int) -> bool:
+    """Whether so many pairs of logits are reduced faster by compiling first, where that works."""
+    there = fusible.cache_info().currsize > 0
+    return (there or pairs > FUSED_FROM) and fusible()
 
 
 @cache

@@ -8,7 +8,8 @@ own stream (`propagated`). Nothing accumulates: each site is handed to `visit` a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +106,21 @@ def final_states(module: nn.Module, anatomy: Anatomy, batch: Batch, cache: Any =
         states = model.get(anatomy.final_norm).input.save()
         tracer.stop()
     return states
+
+
+@contextmanager
+def newest_states(module: nn.Module, anatomy: Anatomy) -> Generator[list[Tensor]]:
+    """Collects, while the model generates, what the final norm reads at the newest token.
+
+    One `(prompt, d_model)` for each forward pass. A hook, since transformers' own generation runs.
+    """
+    seen: list[Tensor] = []
+    norm = module.get_submodule(anatomy.final_norm)
+    handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, -1].clone()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def lockstep(
