@@ -57,9 +57,14 @@ def _sequence(name: str, steps: xr.Dataset) -> Finding:
     total = decoding.sequence_kl(steps).isel(step=-1)
     size = Interval(*(float(total[n]) for n in ("value", "low", "high")))
     along = "drawn" if steps.attrs.get("sampled") else "greedy"
+    ends = (
+        "an estimate of KL(P(y) || P'(y)) of whole texts"
+        if along == "drawn"
+        else "on its likeliest text"
+    )
     claim = (
-        f"Along the {along} dense text the KL of {name} adds up to {_nats(size)} over "
-        f"{steps.sizes['step']} steps: the text's probability falls by a factor of that order, e^{size.value:.2g}."
+        f"Along the {along} dense text the forced KL of {name} adds up to {_nats(size)} over "
+        f"{steps.sizes['step']} steps, {ends}."
     )
     return claimed(claim, size, steps.sizes["prompt"], name, "/steps/kl, forced, summed")
 

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from ..analysis import collapse, decoding, hierarchy, theory
 
 COLOURS = {"h": "#4477aa", "z": "#228833", "p": "#cc3311", "kl": "#882255"}
-HISTORIES = {"step": "#4477aa", "forced": "#228833", "free": "#cc3311", "swapped": "#888888"}
+HISTORIES = {"step": "#4477aa", "forced": "#228833", "free": "#cc3311", "swapped": "#333333"}
 FORMATS = {"choice": "#4477aa", "generation": "#cc6600"}
 SPACE_NAMES = {"h": "hidden state h", "z": "logits z", "p": "probabilities p"}
 STYLE: Any = {
@@ -285,7 +285,8 @@ def _step_curve(axis: Any, data: xr.Dataset, colour: str, label: str) -> None:
     value, low, high = (
         np.where(data[n].values > 1e-12, data[n].values, np.nan) for n in ("value", "low", "high")
     )
-    axis.plot(data.step.values, value, color=colour, lw=1.4, label=label)
+    style = "--" if label == "swapped" else "-"
+    axis.plot(data.step.values, value, style, color=colour, lw=1.4, label=label)
     axis.fill_between(data.step.values, low, high, color=colour, alpha=0.13, lw=0)
 
 

@@ -182,9 +182,11 @@ def _section(
 
 
 def _texts(steps: xr.Dataset) -> list[dict[str, Any]]:
-    """Both texts of a few prompts, token by token with the KL of the step; earliest to part first."""
+    """Both texts of a few prompts, token by token with the KL of the step: first and last to part."""
     time, parts = decoding.divergence(steps)
-    order = np.lexsort((time, ~parts))[:STRIPS]
+    order = np.lexsort((time, ~parts))
+    if len(order) > STRIPS:
+        order = np.concatenate([order[: STRIPS // 2], order[-(STRIPS // 2) :]])
     return [
         {
             "prompt": str(row.prompt_text.item()),

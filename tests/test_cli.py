@@ -90,6 +90,27 @@ def test_another_recipe_joins_the_study(study, tiny_folder):
     ]
 
 
+def test_texts_can_be_drawn_and_another_way_of_decoding_is_another_study(
+    study, tiny_folder, tmp_path
+):
+    drawn = ("--sampled", "--temperature", "0.7")
+    done = run("diagnose", tiny_folder, "-r", "mlp-drop@1", *SMALL, *drawn, "--out", tmp_path / "o")
+    assert done.returncode == 0, done.stderr
+    with xr.open_datatree(tmp_path / "o" / "cells" / "mlp-drop@1.nc") as cell:
+        assert cell["steps"].attrs["decoding"] == "sampled at T = 0.7, seed 24652"
+    done = run("diagnose", tiny_folder, "-r", "mlp-drop@1", *SMALL, *drawn, "--out", study[0])
+    assert done.returncode == 2
+    assert "sampled False there, True asked" in done.stderr
+
+
+def test_steps_past_the_context_are_refused(tiny_folder, tmp_path):
+    long = ("--tasks", "plurals", "--limit", "6", "--steps", "4000")
+    done = run("diagnose", tiny_folder, "-r", "mlp-drop@1", *long, "--out", tmp_path / "o")
+    assert done.returncode == 2
+    assert "passes the context" in done.stderr
+    assert not (tmp_path / "o").exists()
+
+
 def test_report_renders_again_from_several_runs(study, tmp_path):
     out, _ = study
     done = run("report", out, out, "--out", tmp_path / "again.html")

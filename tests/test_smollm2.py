@@ -4,14 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import test_decode
 import torch
-from prunescope.analysis import diagnose
-from prunescope.probes import Recipe, compress, load, load_tasks, measure, save, score, twin
+from prunescope.analysis import decoding, diagnose
+from prunescope.probes import Recipe, compress, decode, load, load_tasks, measure, save, score, twin
 from prunescope.probes.rank import importance
 from prunescope.probes.tasks import TWINS
 from prunescope.reports import render
 from prunescope.reports.progress import Progress
-from prunescope.reports.study import Request, cells, plan, run
+from prunescope.reports.study import Request, cells, default_prompts, plan, run
 from rich.console import Console
 
 pytestmark = pytest.mark.smollm2
@@ -121,10 +122,55 @@ def test_the_main_job_end_to_end(tmp_path):
     file = render(found, tmp_path / "out" / "report.html", findings=findings)
     assert drop.claim.split(" (")[0] in file.read_text()
     drawn = {picture.stem for picture in (tmp_path / "out" / "figures").glob("*.svg")}
-    assert {"retention", "theory", "validity", "layers-mlp-drop-3"} <= drawn
+    assert {"retention", "theory", "validity", "layers-mlp-drop-3", "decoding-mlp-drop-3"} <= drawn
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["findings"]) == len(
         findings
     )
+
+
+def test_generation_fails_by_its_text_and_not_by_its_weights(smollm2):
+    """An int4 candidate: forced KL stays where it is while free KL jumps to that of another text."""
+    candidate = compress(smollm2, Recipe.parse("rtn@int4-g64"))
+    prompts = default_prompts()[:8]
+    cell = decode(smollm2, candidate, prompts=prompts, steps=16)
+    steps = cell["steps"].to_dataset()
+    assert decoding.survival(steps).agreement == 1.0
+    kl = decoding.factors(steps)
+    assert kl["cache"].low > 1.5  # the cache carries error, and the text far more
+    assert kl["tokens"].low > 3
+    leap = decoding.jump(steps)
+    assert leap is not None
+    assert leap.free_after.low > 3 * leap.free_before.high
+    assert leap.forced_after.low < leap.forced_before.high
+    assert leap.swapped_after.value > 0.7 * leap.free_after.value
+    cold, hot = (
+        decoding.by_temperature(cell["temperatures"].to_dataset())
+        .value.sel(history="forced")
+        .values[[0, -1]]
+    )
+    assert cold > hot
+
+
+def test_texts_drawn_with_common_noise_part_within_the_predicted_band(smollm2):
+    candidate = compress(smollm2, Recipe.parse("rtn@int8"))
+    prompts = default_prompts()[:8]
+    steps = decode(smollm2, candidate, prompts=prompts, steps=12, sampled=True, temperatures=())[
+        "steps"
+    ]
+    life = decoding.survival(steps.to_dataset())
+    assert life.lower[-1] - 0.5 <= life.observed[-1] <= life.upper[-1] + 0.5  # 8 texts: coarse
+    again = decode(smollm2, candidate, prompts=prompts, steps=12, sampled=True, temperatures=())
+    assert (again["steps"].token.values == steps.token.values).all()
+
+
+def test_one_step_from_the_dense_cache_on_the_real_model(smollm2):
+    """`step` is what one cached step of the candidate gives, the dense cache before it."""
+    candidate = compress(smollm2, Recipe.parse("attn-drop@5"))
+    prompt = default_prompts()[0]
+    steps = decode(smollm2, candidate, prompts=[prompt], steps=4, temperatures=())["steps"]
+    text = [int(t) for t in steps.token.sel(model="dense").values[0] if t >= 0]
+    kl = test_decode.reference_kl(smollm2, candidate, prompt, text, text)
+    np.testing.assert_allclose(steps.kl.values[0, : len(text), :2], kl[:, :2], rtol=1e-2, atol=1e-5)
 
 
 def test_benchmark_rows_are_scored_from_a_folder(smollm2, shared_data):

@@ -9,15 +9,16 @@ texts once, as `forced` needs. Both sides are taken in turn within a round.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from datetime import date
 
 import torch
 import transformers as tf
 from prunescope.probes import Recipe, compress, decode, load
-from prunescope.probes.decode import write
+from prunescope.probes.decode import TEMPERATURES, write
 from prunescope.probes.model import pad
 
-from .kernels import ratio
+from .kernels import ratios
 
 PROMPT = "In the year {}, a traveller came to the old town by the river and"
 
@@ -40,19 +41,26 @@ def main() -> None:
         with torch.no_grad():
             candidate.module(**batch, use_cache=False)
 
-    def ours() -> None:
-        decode(dense, candidate, prompts=prompts, steps=steps)
-
-    def one_temperature() -> None:
-        decode(dense, candidate, prompts=prompts, steps=steps, temperatures=())
+    def ours(compiled: bool, *temperatures: float) -> Callable[[], object]:
+        return lambda: decode(
+            dense,
+            candidate,
+            prompts=prompts,
+            steps=steps,
+            temperatures=temperatures,
+            compiled=compiled,
+        )
 
     print(f"{date.today()}, torch {torch.__version__}, transformers {tf.__version__}\n")
     print("| what | threads | ratio | floor, s |\n| --- | ---: | ---: | ---: |")
     for threads in map(int, options.threads.split(",")):
         torch.set_num_threads(threads)
-        for name, run in (("one temperature", one_temperature), ("five temperatures", ours)):
-            value, base = ratio(run, floor, rounds)
-            what = f"decode, four histories, {count} × {steps}, {name}"
+        found, base = ratios(
+            floor, rounds, plain=ours(False), fused=ours(True), five=ours(True, *TEMPERATURES)
+        )
+        words = {"plain": "plain", "fused": "fused", "five": "fused, four more temperatures"}
+        for name, value in found.items():
+            what = f"decode, four histories, {count} × {steps}, {words[name]}"
             print(f"| {what} | {threads} | {value:.2f} | {base:.1f} |", flush=True)
 
 
