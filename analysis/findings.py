@@ -281,7 +281,31 @@ def _cost(name: str, cell: xr.DataTree) -> list[Finding]:
         f"{name} holds {100 * held:.1f} % of the parameters, {100 * zeros:.1f} % of them zero; packed it would take "
         f"{100 * packed:.1f} % of the bytes. Zeros and simulated rounding save no time by themselves."
     )
-    return [Finding(claim, packed, None, 1, name, "/cost", "note")]
+    told = [Finding(claim, packed, None, 1, name, "/cost", "note")]
+    return told + ([_speed(name, cost)] if "prefill_rate" in cost else [])
+
+
+def _speed(name: str, cost: xr.Dataset) -> Finding:
+    """Rounds are few and the machine is shared: the range of the rounds stands for an interval."""
+    rates = {
+        kind: (part.sel(model="candidate") / part.sel(model="dense")).values
+        for kind, part in (("reads", cost.prefill_rate), ("writes", cost.decode_rate))
+    }
+    words = [
+        f"{kind} ×{np.median(r):.2f} ({r.min():.2f} to {r.max():.2f})" for kind, r in rates.items()
+    ]
+    sure = [r.min() > 1 or r.max() < 1 for r in rates.values()]
+    claim = (
+        f"Measured in turn, {len(rates['reads'])} rounds each, {name} {words[0]} as fast as the dense model and "
+        f"{words[1]} as fast (in brackets the range of the rounds){'' if any(sure) else ': no sure difference'}."
+    )
+    span = Interval(
+        float(np.median(rates["writes"])),
+        *map(float, (rates["writes"].min(), rates["writes"].max())),
+    )
+    return claimed(
+        claim, span, len(rates["writes"]), name, "/cost/prefill_rate, decode_rate", level="note"
+    )
 
 
 # --- cells against each other --------------------------------------------------------------------

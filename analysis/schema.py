@@ -112,6 +112,12 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         "bytes_packed": Variable(
             ("model",), "byte", "weights as a packed integer format would store them"
         ),
+        "prefill_rate": Variable(
+            ("round", "model"), "token/s", "tokens read per second, models in turn"
+        ),
+        "decode_rate": Variable(
+            ("round", "model"), "token/s", "tokens written per second, models in turn"
+        ),
         "seconds": Variable(("work",), "s", "wall-clock seconds of the cell's parts"),
     },
 }

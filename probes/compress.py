@@ -87,11 +87,12 @@ def check(dense: Model, recipe: Recipe) -> None:
         RecipeError: more layers than there are, a group that does not divide a width.
     """
     for step in recipe.steps:
+        joint = step.method == "joint-drop"
         match step.amount:
-            case Count(n) if n >= dense.layer_count * (1 + (step.method == "joint-drop")):
+            case Count(n) if n >= (there := dense.layer_count * (1 + joint)):
                 raise RecipeError(
-                    f"recipe '{step}': {dense.name} has {dense.layer_count} layers; "
-                    f"1 to {dense.layer_count - 1} can be dropped"
+                    f"recipe '{step}': {dense.name} has {there} {'sub' if joint else ''}layers; "
+                    f"1 to {there - 1} can be dropped"
                 )
             case Pattern(_, of):
                 _check_group(dense, str(step), of)

@@ -125,9 +125,14 @@ def _cell_summary(cell: xr.DataTree) -> dict[str, Any]:
         result["decoding"] = _decoding_summary(cell["steps"].to_dataset())
     if "cost" in cell.children:
         cost = cell["cost"].to_dataset()
+        result["speed"] = {
+            str(n): {str(m): float(v.sel(model=m).median()) for m in schema.MODELS}
+            for n, v in cost.data_vars.items() if "round" in v.dims
+        }  # fmt: skip
         result["cost"] = {
             str(n): dict(zip(v[v.dims[0]].values.tolist(), v.values.tolist(), strict=True))
             for n, v in cost.data_vars.items()
+            if v.ndim == 1
         }
     return result
 

@@ -31,6 +31,7 @@ from ..probes.model import Model
 from ..probes.rank import calibration_texts
 from ..probes.recipe import Recipe
 from ..probes.score import Answer, answers, pair
+from ..probes.speed import speed
 from ..probes.tasks import SEED, TWINS, Task, data_text, load_tasks
 from .progress import Progress
 
@@ -298,8 +299,11 @@ def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
     with progress.task(f"{name}: decoding") as tick:
         decoded = _decode(what, dense, candidate, tick)
     lap("decode")
+    with progress.task(f"{name}: speed") as tick:
+        rates = speed(dense.model, candidate, progress=tick)
+    lap("speed")
     groups = {n: node.to_dataset() for n, node in tree.children.items()}
-    groups |= {"scores": scores, **decoded, "cost": _cost(dense.cost, candidate, seconds)}
+    groups |= {"scores": scores, **decoded, "cost": _cost(dense.cost, candidate, rates, seconds)}
     stamp = _provenance(what, name, dense.model, candidate)
     schema.write(schema.tree(groups, stamp), what.cell(name))
 
@@ -346,9 +350,14 @@ def _decoding(request: Request) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _cost(dense: dict[str, float], candidate: Model, seconds: dict[str, float]) -> xr.Dataset:
+def _cost(
+    dense: dict[str, float],
+    candidate: Model,
+    rates: dict[str, np.ndarray],
+    seconds: dict[str, float],
+) -> xr.Dataset:
     sides = [dense, cost(candidate)]
-    variables = {n: np.array([side[n] for side in sides]) for n in sides[0]}
+    variables = {n: np.array([side[n] for side in sides]) for n in sides[0]} | rates
     variables["seconds"] = np.array(list(seconds.values()))
     coords = {"model": list(schema.MODELS), "work": list(seconds)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT

@@ -116,6 +116,7 @@ def test_drops_take_the_least_important_first(llama):
     ("recipe", "message"),
     [
         ("attn-drop@3", "1 to 2 can be dropped"),
+        ("joint-drop@6", "has 6 sublayers; 1 to 5 can be dropped"),
         ("mlp-drop@layers=3", "has layers 0 to 2"),
         ("rtn@int4-g24", "which 24 does not divide"),
         ("attn-drop@layers=1+attn-drop@layers=1", "changed no weight"),
@@ -158,6 +159,12 @@ def test_cost_counts_what_is_there(llama):
         "attn-drop@1",
         "mlp-drop@1",
         "block-drop@1+attn-drop@1",
+        "joint-drop@2",
+        "wanda@2:4",
+        "sparsegpt@0.5",
+        "random@0.5",
+        "gptq@int4-g16",
+        "awq@int4-g16",
     ],
 )
 def test_a_saved_candidate_loads_back(tiny, recipe, tmp_path):

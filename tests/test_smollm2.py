@@ -9,6 +9,7 @@ import torch
 from prunescope.analysis import decoding, diagnose
 from prunescope.probes import Recipe, compress, decode, load, load_tasks, measure, save, score, twin
 from prunescope.probes.rank import importance
+from prunescope.probes.speed import speed
 from prunescope.probes.tasks import TWINS
 from prunescope.reports import render
 from prunescope.reports.progress import Progress
@@ -149,6 +150,15 @@ def test_generation_fails_by_its_text_and_not_by_its_weights(smollm2):
         .values[[0, -1]]
     )
     assert cold > hot
+
+
+def test_structural_drops_are_really_faster_and_zeros_are_not(smollm2):
+    half = compress(smollm2, Recipe.parse("block-drop@15"))
+    for rate in speed(smollm2, half, rounds=3).values():
+        assert np.median(rate[:, 1] / rate[:, 0]) > 1.2
+    zeros = compress(smollm2, Recipe.parse("magnitude@0.5"))
+    for rate in speed(smollm2, zeros, rounds=3).values():
+        assert 0.5 < np.median(rate[:, 1] / rate[:, 0]) < 1.5
 
 
 def test_texts_drawn_with_common_noise_part_within_the_predicted_band(smollm2):
