@@ -14,13 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import prune, rank
+from . import backends, prune, rank
 from .anatomy import SUBLAYERS, Sublayer, drop, dropped, linears, matrices_of
 from .layerwise import Layer, sequences, walk
 from .model import Model
 from .prune import Moments, Share
 from .rank import calibration_texts
-from .recipe import Amount, Count, Integer, Layers, Pattern, Ratio, Recipe, RecipeError
+from .recipe import (
+    Amount,
+    Count,
+    Integer,
+    Layers,
+    Pattern,
+    Ratio,
+    Recipe,
+    RecipeError,
+    Scheme,
+    Step,
+)
 
 SEED = 24652
 
@@ -84,8 +95,11 @@ def check(dense: Model, recipe: Recipe) -> None:
     """Whether the model allows the recipe's amounts, before any work.
 
     Raises:
-        RecipeError: more layers than there are, a group that does not divide a width.
+        RecipeError: more layers than there are, a group that does not divide a width, weights
+            changed after a library has packed them.
+        BackendError: a library that is not installed or cannot quantize this model.
     """
+    _check_packing(dense, recipe)
     for step in recipe.steps:
         joint = step.method == "joint-drop"
         match step.amount:
@@ -100,10 +114,28 @@ def check(dense: Model, recipe: Recipe) -> None:
                 raise RecipeError(
                     f"recipe '{step}': {dense.name} has layers 0 to {dense.layer_count - 1}"
                 )
-            case Integer(_, group) if group:
+            case Integer() as amount if group := _group(step.method, amount):
                 _check_group(dense, str(step), group)
             case _:
                 pass
+
+
+def _check_packing(dense: Model, recipe: Recipe) -> None:
+    packer: Step | None = None
+    for step in recipe.steps:
+        if packer is not None and not step.method.endswith("-drop"):
+            raise RecipeError(
+                f"recipe '{recipe}': '{packer}' packs the weights, so that after it only sublayers "
+                f"can be dropped; put '{step}' before it"
+            )
+        if step.method in backends.LIBRARIES:
+            packer = step
+            backends.check(step.method, linears(dense.anatomy, dense.module).values())
+
+
+def _group(method: str, amount: Integer) -> int:
+    """Weights per scale, 0: a row. torchao has groups at 4 bits without being asked."""
+    return amount.group or (backends.GROUP if method == "torchao" and amount.bits == 4 else 0)
 
 
 def _check_group(dense: Model, step: str, group: int) -> None:
@@ -175,6 +207,8 @@ def _remove(candidate: Model, kind: str, layer: int) -> None:
 
 def _matrix(module: nn.Module) -> Tensor:
     """The weight as `(output, input)`, whichever way the module keeps it."""
+    if backends.packed(module):
+        return backends.unpacked(module)
     weight = module.get_parameter("weight").detach()
     return weight if isinstance(module, nn.Linear) else weight.T
 
@@ -294,6 +328,21 @@ def _note_bits(candidate: Model, amount: Integer) -> None:
     candidate.achieved["bits_stored"] = amount.bits + overhead
 
 
+def _backend(job: Job) -> None:
+    """Hand the decoder layers to a library, which packs their weights."""
+    module, anatomy, amount = job.candidate.module, job.candidate.anatomy, job.amount
+    layers, keep = module.get_submodule(anatomy.layers), [anatomy.unembed]
+    if isinstance(amount, Scheme):
+        backends.bitsandbytes(module, layers, keep, amount.name)
+        bits = stored = backends.BITS[amount.name]
+    else:
+        assert isinstance(amount, Integer)
+        bits, group = amount.bits, _group(job.method, amount)
+        backends.torchao(module, layers, keep, bits, group)
+        stored = bits + (32 / group if group else 0.0)
+    job.candidate.achieved.update(bits=int(bits), bits_stored=stored)
+
+
 _APPLY: dict[str, Callable[[Job], None]] = {
     "attn-drop": _dropper("attn"),
     "mlp-drop": _dropper("mlp"),
@@ -306,6 +355,8 @@ _APPLY: dict[str, Callable[[Job], None]] = {
     "gptq": _calibrated,
     "awq": _calibrated,
     "rtn": _rtn,
+    "torchao": _backend,
+    "bitsandbytes": _backend,
 }
 
 
@@ -314,14 +365,15 @@ _APPLY: dict[str, Callable[[Job], None]] = {
 
 def cost(model: Model) -> dict[str, float]:
     """Parameters, non-zero parameters, bytes in memory and bytes that a packed format would take."""
-    matrices = {
-        id(m.get_parameter("weight")) for m in linears(model.anatomy, model.module).values()
-    }
+    modules = linears(model.anatomy, model.module).values()
+    matrices = {id(m.get_parameter("weight")): m for m in modules}
     bits: Any = model.achieved.get("bits_stored")
-    total = nonzero = held = packed = 0.0
+    total = nonzero = packed = 0.0
     for p in {id(p): p for p in model.module.parameters()}.values():
-        total += p.numel()
-        nonzero += int(torch.count_nonzero(p))
-        held += p.numel() * p.element_size()
-        packed += p.numel() * (bits / 8 if bits and id(p) in matrices else p.element_size())
+        inside = id(p) in matrices
+        plain = _matrix(matrices[id(p)]) if inside else p
+        total += plain.numel()
+        nonzero += int(torch.count_nonzero(plain))
+        packed += plain.numel() * (bits / 8 if bits and inside else p.element_size())
+    held = backends.held(model.module)
     return {"parameters": total, "nonzero": nonzero, "bytes": held, "bytes_packed": packed}

@@ -1,8 +1,8 @@
 """Decoding: four histories that tell one step's error from what the cache and the text add to it.
 
 The dense model's own text fixes what is compared. Both models write by batched generation; all
-figures then come from single passes over whole texts, in which every position is a step (`free`
-is read while the candidate writes):
+figures then come from single passes over whole texts, in which every position is a step (what a
+model writes itself is read while it writes):
 
 * `step`: the candidate reads the dense text, and in every attention the dense model's keys and
   values of all earlier tokens; only the newest token's are its own.
@@ -30,15 +30,13 @@ from . import trace
 from .anatomy import dropped
 from .kernels import Figures, Readout, compare_at
 from .measure import MeasureError, angles, check_pair, check_prompts
-from .model import Model, pad
+from .model import Model
 from .reduction import worth_fusing
-from .score import extend
 from .tasks import SEED
+from .writing import Draw, Rows, Written, at_steps, batches, layout, read_batch, write_batch
 
 STEPS = 64
 TEMPERATURES = (0.3, 0.7, 1.0, 1.5)
-BATCH_TOKENS = 2048
-Rows = list[list[int]]
 
 
 class DecodeError(ValueError):
@@ -86,25 +84,37 @@ def decode(
     if candidate.module is dense.module:
         candidate = dense.clone()
     rows = [dense.tokenizer(p)["input_ids"] for p in prompts]
-    noise = temperature if sampled else None
-    own = _writer(progress, 0.0, 0.35 if written is None else 0.0)
-    texts = written or write(dense, prompts, steps, temperature=noise, seed=seed, progress=own)
-    began = _writer(progress, 0.35 if written is None else 0.0, 0.8)
-    others, free = _write(candidate, prompts, steps, noise, seed, began)
-    store = _Store(len(prompts), steps, temperatures)
-    every = (temperature, *temperatures)
+    draw = Draw(temperature if sampled else None, seed)
+    store, every = _Store(len(prompts), steps, temperatures), (temperature, *temperatures)
     if compiled is None:
-        rows_read = sum(map(len, texts)) * len(schema.HISTORIES)
-        compiled = worth_fusing(rows_read * len(every) * dense.vocabulary)
-    pair, cached, done = (dense, candidate), readable(dense, candidate), 0
-    for part in _batches([len(r) + steps for r in rows]):
-        sides = ([side[i] for i in part] for side in (rows, texts, others))
-        batch = _Batch(part, *sides, free=[free[i] for i in part])
-        _measure(pair, batch, every, store, cached, compiled)
+        pairs = len(prompts) * steps * len(schema.HISTORIES) * len(every)
+        compiled = worth_fusing(pairs * dense.vocabulary)
+    cached, done = readable(dense, candidate), 0
+    for part in batches([len(row) + steps for row in rows]):
+        mine = _dense_side(dense, rows, part, steps, draw, written)
+        progress((done + (0.4 if written is None else 0.0) * len(part)) / len(rows))
+        other = write_batch(candidate, rows, part, steps, draw)
+        progress((done + 0.8 * len(part)) / len(rows))
+        batch = _Batch(part, mine, other)
+        _measure((dense, candidate), batch, every, store, cached, compiled)
         done += len(part)
-        progress(0.8 + 0.2 * done / len(rows))
+        progress(done / len(rows))
     attrs = _attributes(dense, candidate, steps, temperature, sampled, seed, cached)
-    return store.tree(dense, candidate, prompts, texts, others, attrs)
+    return store.tree(dense, candidate, prompts, attrs)
+
+
+def _dense_side(
+    dense: Model, rows: Rows, part: list[int], steps: int, draw: Draw, written: Rows | None
+) -> Written:
+    """The dense texts of a batch, with states and cache.
+
+    In 16 bits the cached steps of writing differ visibly from a pass over the whole text; the
+    histories are passes, so that there the texts are read once more.
+    """
+    if written is not None:
+        return read_batch(dense, [rows[i] for i in part], [written[i] for i in part])
+    made = write_batch(dense, rows, part, steps, draw)
+    return made if dense.dtype.itemsize >= 4 else read_batch(dense, made.rows, made.texts)
 
 
 def check(
@@ -162,95 +172,17 @@ def readable(dense: Model, candidate: Model) -> bool:
     return not any(dropped(dense.anatomy, block, "attn") for block in blocks)
 
 
-# --- writing -------------------------------------------------------------------------------------
-
-
-def write(
-    model: Model,
-    prompts: Sequence[str],
-    steps: int,
-    *,
-    temperature: float | None = None,
-    seed: int = SEED,
-    progress: Callable[[float], None] = lambda _: None,
-) -> Rows:
-    """Token ids that a model writes after each prompt, the end-of-text token included.
-
-    Greedy, or with a `temperature` drawn by Gumbel noise that depends on the seed, the prompt's
-    number and the step alone: two models given the same seed get the same noise.
-    """
-    return _write(model, prompts, steps, temperature, seed, progress)[0]
-
-
-def _write(
-    model: Model,
-    prompts: Sequence[str],
-    steps: int,
-    temperature: float | None,
-    seed: int,
-    progress: Callable[[float], None],
-) -> tuple[Rows, list[Tensor]]:
-    """What `write` gives, and the states that every token was read from, `(step, d_model)` each."""
-    rows = [model.tokenizer(p)["input_ids"] for p in prompts]
-    found: Rows = [[] for _ in rows]
-    states = [torch.empty(0)] * len(rows)
-    end, done = model.tokenizer.eos_token_id, 0
-    for part in _batches([len(r) + steps for r in rows]):
-        noise = [] if temperature is None else [_Gumbel(temperature, seed, part)]
-        with trace.newest_states(model.module, model.anatomy) as newest:
-            texts = extend(model, [rows[i] for i in part], steps, processors=noise)
-        for i, ids, seen in zip(part, texts, torch.stack(newest, dim=1), strict=True):
-            found[i] = ids[: ids.index(end) + 1] if end in ids else ids
-            states[i] = seen[: len(found[i])]
-        done += len(part)
-        progress(done / len(rows))
-    return found, states
-
-
-class _Gumbel:
-    """Adds Gumbel noise to z/T: the largest sum is a draw from softmax(z/T)."""
-
-    def __init__(self, temperature: float, seed: int, prompts: Sequence[int]) -> None:
-        self.temperature = temperature
-        self.generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in prompts]
-
-    def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
-        noise = torch.empty(scores.shape, dtype=torch.float32)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() / self.temperature - noise.clamp_(min=1e-30).log_().to(scores.device)
-
-
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices, longest first, so many at a time as fill BATCH_TOKENS."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches: list[list[int]] = []
-    for i in order:
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > BATCH_TOKENS:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
-
-
-def _writer(progress: Callable[[float], None], start: float, end: float) -> Callable[[float], None]:
-    return lambda share: progress(start + (end - start) * share)
-
-
 # --- measuring -----------------------------------------------------------------------------------
 
 
 class _Batch:
-    """Prompts with both texts: which, their tokens, and the rows that are read."""
+    """Prompts with both texts: which, and the steps that both have."""
 
-    def __init__(
-        self, prompts: list[int], rows: Rows, texts: Rows, others: Rows, free: list[Tensor]
-    ) -> None:
-        self.free = free
-        self.prompts, self.starts = prompts, [len(row) for row in rows]
-        self.steps = [len(text) for text in texts]
-        self.common = [min(len(a), len(b)) for a, b in zip(texts, others, strict=True)]
-        self.dense = [row + text[:-1] for row, text in zip(rows, texts, strict=True)]
-        self.candidate = [row + text[:-1] for row, text in zip(rows, others, strict=True)]
+    def __init__(self, prompts: list[int], dense: Written, candidate: Written) -> None:
+        self.prompts, self.dense, self.candidate = prompts, dense, candidate
+        self.steps = [len(text) for text in dense.texts]
+        pairs = zip(dense.texts, candidate.texts, strict=True)
+        self.common = [min(len(a), len(b)) for a, b in pairs]
 
     def places(self) -> tuple[np.ndarray, np.ndarray]:
         """Prompt and step of every position, `(position,)` each."""
@@ -263,19 +195,10 @@ class _Batch:
             [np.arange(n) < m for n, m in zip(self.steps, self.common, strict=True)]
         )
 
-    def at_steps(self, states: Tensor) -> list[Tensor]:
-        """States that predict each step, `(step, d_model)` for each prompt."""
-        return [row[start - 1 :] for row, start in zip(states, self.starts, strict=True)]
-
     def common_steps(self, states: list[Tensor], rest: Tensor) -> Tensor:
         """States of the steps that both texts have, then those of `rest`, `(position, d_model)`."""
         others = zip(states, self.common, rest.split(self.steps), strict=True)
         return torch.cat([piece for x, n, other in others for piece in (x[:n], other[n:])])
-
-    def own_steps(self, states: Tensor) -> Tensor:
-        """States of all steps of the dense text, `(position, d_model)`."""
-        pieces = zip(self.at_steps(states), self.steps, strict=True)
-        return torch.cat([x[:n] for x, n in pieces])
 
 
 def _measure(
@@ -286,15 +209,14 @@ def _measure(
     cached: bool,
     compiled: bool,
 ) -> None:
-    """All histories of one batch: four passes over whole texts; `free` was seen while writing."""
+    """All histories of one batch, beside what was seen while writing: three passes over texts."""
     dense, candidate = pair
-    memory = DynamicCache()
-    h = batch.own_steps(_states(dense, batch.dense, memory))
-    found = {"step": batch.own_steps(_one_step(candidate, batch.dense, memory))} if cached else {}
-    del memory
-    found["forced"] = batch.own_steps(_states(candidate, batch.dense))
-    found["free"] = batch.common_steps(batch.free, h)
-    found["swapped"] = batch.common_steps(batch.at_steps(_states(dense, batch.candidate)), h)
+    mine, other = batch.dense, batch.candidate
+    h = torch.cat(mine.states)
+    found = {"step": torch.cat(_one_step(candidate, mine))} if cached else {}
+    found["forced"] = torch.cat(_states(candidate, mine.rows, mine.texts))
+    found["free"] = batch.common_steps(other.states, h)
+    found["swapped"] = batch.common_steps(_states(dense, other.rows, other.texts), h)
     readouts = {name: candidate.readout() for name in found} | {"swapped": dense.readout()}
     for names in _by_readout(readouts, dense.readout()):
         states = [found[name] for name in names]
@@ -304,6 +226,7 @@ def _measure(
         )  # fmt: skip
         for i, name in enumerate(names):
             store.keep(batch, name, [f[i] for f in figures], angles(h, states[i]))
+    store.keep_texts(batch)
 
 
 def _by_readout(readouts: dict[str, Readout], dense: Readout) -> list[list[str]]:
@@ -313,23 +236,29 @@ def _by_readout(readouts: dict[str, Readout], dense: Readout) -> list[list[str]]
     return [[name for name in readouts if name != "swapped"], ["swapped"]]
 
 
-def _states(model: Model, rows: Rows, cache: DynamicCache | None = None) -> Tensor:
-    return trace.final_states(model.module, model.anatomy, pad(model, rows), cache)
+def _states(model: Model, rows: Rows, texts: Rows) -> list[Tensor]:
+    """States of a model that reads texts, at the positions that predict their tokens."""
+    states = trace.final_states(model.module, model.anatomy, layout(model, rows, texts))
+    return at_steps(states, rows, texts)
 
 
-def _one_step(model: Model, rows: Rows, memory: DynamicCache) -> Tensor:
+def _one_step(model: Model, read: Written) -> list[Tensor]:
     """States of a model whose every position is a first step from another model's cache.
 
-    Each attention reads `memory` strictly before the position, and at it the model's own key and
+    Each attention reads the cache strictly before the position, and at it the model's own key and
     value: what a single cached step computes, for all positions in one pass.
     """
-    batch: dict[str, Any] = pad(model, rows)
-    batch["attention_mask"] = _masks(model, batch)
-    return trace.final_states(model.module, model.anatomy, batch, _Remembered(memory))
+    batch: dict[str, Any] = layout(model, read.rows, read.texts)
+    start = max(map(len, read.rows)) - 1
+    masks = _masks(model, batch, start)
+    batch = {name: batch[name][:, start:] for name in ("input_ids", "position_ids")}
+    batch["attention_mask"] = masks
+    states = trace.final_states(model.module, model.anatomy, batch, _Remembered(read.cache))
+    return [row[: len(text)] for row, text in zip(states, read.texts, strict=True)]
 
 
 class _Remembered(DynamicCache):
-    """Gives every attention another model's keys and values before its own of the same tokens."""
+    """Gives every attention another model's keys and values before its own of the newest tokens."""
 
     def __init__(self, memory: DynamicCache) -> None:
         super().__init__()
@@ -338,16 +267,16 @@ class _Remembered(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """`(row, head, 2 token, width)`: theirs, then its own. A dropped attention gets nothing."""
+        """`(row, head, token, width)`: theirs, then its own. A dropped attention gets nothing."""
         theirs: Any = self.memory.layers[layer_idx]
-        if key_states.shape != theirs.keys.shape:
+        if key_states.shape[1::2] != theirs.keys.shape[1::2]:
             return key_states, value_states
         keys = torch.cat([theirs.keys, key_states], dim=-2)
         return keys, torch.cat([theirs.values, value_states], dim=-2)
 
 
-def _masks(model: Model, batch: dict[str, Any]) -> Any:
-    """The model's own masks without their diagonal, beside the diagonal alone."""
+def _masks(model: Model, batch: dict[str, Any], start: int) -> Any:
+    """The model's own masks without their diagonal, beside the diagonal alone, from `start` on."""
     ids: Tensor = batch["input_ids"]
     made: Any = create_masks_for_generate(
         model.module.config, torch.empty((*ids.shape, 0), dtype=model.dtype, device=ids.device),
@@ -355,12 +284,14 @@ def _masks(model: Model, batch: dict[str, Any]) -> Any:
         and_mask_function=lambda _batch, _head, query, key: query != key,
     )  # fmt: skip
     if isinstance(made, dict):
-        return {kind: _beside_diagonal(mask) for kind, mask in made.items()}
-    return _beside_diagonal(made)
+        return {kind: _beside_diagonal(mask[..., start:, :]) for kind, mask in made.items()}
+    return _beside_diagonal(made[..., start:, :])
 
 
 def _beside_diagonal(mask: Tensor) -> Tensor:
-    own = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device).expand(mask.shape)
+    newest = mask.shape[-2]
+    own = torch.eye(newest, dtype=torch.bool, device=mask.device)
+    own = own.expand(*mask.shape[:-2], newest, newest)
     if mask.dtype != torch.bool:
         own = torch.where(own, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
     return torch.cat([mask, own], dim=-1)
@@ -383,6 +314,13 @@ class _Store:
         self.steps |= {name: _nan(*shape) for name in _PLAIN}
         self.steps |= {name: _nan(*self.shape) for name in ("margin", "entropy")}
         self.further = {name: _nan(*shape, len(self.temperatures)) for name in _BY_TEMPERATURE}
+        self.texts: tuple[Rows, Rows] = ([[]] * prompts, [[]] * prompts)
+
+    def keep_texts(self, batch: _Batch) -> None:
+        """Store what both models wrote."""
+        for mine, side in zip(self.texts, (batch.dense, batch.candidate), strict=True):
+            for i, text in zip(batch.prompts, side.texts, strict=True):
+                mine[i] = text
 
     def keep(self, batch: _Batch, history: str, figures: list[Figures], h: Figures) -> None:
         """Store one history of a batch: figures at the main temperature first, then the others."""
@@ -404,11 +342,10 @@ class _Store:
                 self.further[name][(*where, i)] = further[name].cpu().numpy()[there]
 
     def tree(
-        self, dense: Model, candidate: Model, prompts: Sequence[str], texts: Rows, others: Rows,
-        attrs: dict[str, Any],
-    ) -> xr.DataTree:  # fmt: skip
+        self, dense: Model, candidate: Model, prompts: Sequence[str], attrs: dict[str, Any]
+    ) -> xr.DataTree:
         count, steps = self.shape
-        sides = [(dense, texts), (candidate, others)]
+        sides = list(zip((dense, candidate), self.texts, strict=True))
         token = np.full((count, steps, 2), -1)
         for s, (_, rows) in enumerate(sides):
             for i, ids in enumerate(rows):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import trace
+from . import backends, trace
 from .anatomy import SUBLAYERS, Anatomy, anatomy_of, drop
 from .model import Model
 from .recipe import Recipe
@@ -68,7 +68,10 @@ def load(
     for sublayer, layers in manifest.get("dropped", {}).items():
         for layer in layers:
             drop(anatomy, anatomy.blocks(module)[layer], sublayer, layer)
-    module = module.to(device).eval().requires_grad_(False)
+    if module.device != torch.device(device):
+        module = module.to(device)
+    module = module.eval().requires_grad_(False)
+    backends.settle(module)
     trace.verify(module, anatomy, getattr(module.config, "final_logit_softcapping", None))
     recipe = Recipe.parse(manifest["recipe"]) if "recipe" in manifest else None
     return Model(
@@ -190,7 +193,7 @@ def _module(folder: Path, manifest: dict[str, Any], dtype: torch.dtype, trust: b
     with _quiet():
         try:
             return AutoModelForCausalLM.from_pretrained(folder, **options)
-        except (ValueError, OSError, KeyError, RuntimeError) as error:
+        except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
             raise LoadError(f"{folder}: transformers cannot load it ({error})") from error
 
 

@@ -7,6 +7,7 @@ block-drop@4-angular           a run of four layers, by the angle between its en
 magnitude@0.5                  the smaller half of each weight matrix
 wanda@2:4                      two of every four weights, by |w| times the size of what it reads
 rtn@int4-g64                   4-bit integers, one scale per 64 weights
+bitsandbytes@nf4               packed by another library
 attn-drop@4+rtn@int8           one after the other
 """
 
@@ -78,7 +79,17 @@ class Integer:
         return f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
 
 
-Amount = Count | Layers | Ratio | Pattern | Integer
+@dataclass(frozen=True)
+class Scheme:
+    """A format that a library knows by name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Amount = Count | Layers | Ratio | Pattern | Integer | Scheme
 RANKINGS = ("cosine", "kl", "var-r")
 
 
@@ -135,6 +146,19 @@ def _integer_amount(text: str) -> Amount:
     )
 
 
+def _torchao_amount(text: str) -> Amount:
+    match = re.fullmatch(r"int([48])(?:-g(\d+))?", text)
+    if match and (match[2] is None or int(match[2]) >= 8):
+        return Integer(int(match[1]), int(match[2] or 0))
+    raise RecipeError("int8 or int4, with a group of at least 8 if any, as torchao@int4-g32")
+
+
+def _bitsandbytes_amount(text: str) -> Amount:
+    if text in ("nf4", "int8"):
+        return Scheme(text)
+    raise RecipeError("nf4 or int8")
+
+
 class Method(NamedTuple):
     """A row of the table of recipes: how its amount is read, an example, one line of help."""
 
@@ -168,6 +192,12 @@ METHODS: dict[str, Method] = {
     ),
     "awq": Method(
         _integer_amount, "awq@int4-g64", "round after scaling the channels that read much"
+    ),
+    "torchao": Method(
+        _torchao_amount, "torchao@int8", "integers packed by torchao (an extra): int8, int4"
+    ),
+    "bitsandbytes": Method(
+        _bitsandbytes_amount, "bitsandbytes@nf4", "packed by bitsandbytes (an extra): nf4, int8"
     ),
 }
 """Every method by name. A new one is a row here and a function in `compress.APPLY`."""

@@ -54,6 +54,7 @@ def save(candidate: Model, folder: Path | str) -> Path:
         manifest["depth"] = depth
     gone = {s: [i for i in layers if i in kept] for s, layers in gone.items()}
     if any(gone.values()):
+        _leave_plain(candidate.anatomy, module.config, gone, kept)
         manifest |= {
             "dropped": gone,
             "config": module.config.to_dict(),
@@ -71,6 +72,25 @@ def save(candidate: Model, folder: Path | str) -> Path:
 def _dropped(anatomy: Anatomy, module: nn.Module) -> dict[str, list[int]]:
     blocks = anatomy.blocks(module)
     return {s: [i for i, b in enumerate(blocks) if dropped(anatomy, b, s)] for s in SUBLAYERS}
+
+
+def _leave_plain(
+    anatomy: Anatomy, config: Any, gone: dict[str, list[int]], kept: list[int]
+) -> None:
+    """Tell a library that packs weights which ones are gone: there is nothing to unpack."""
+    packing = getattr(config, "quantization_config", None)
+    if packing is None:
+        return
+    paths = [
+        f"{anatomy.layers}.{kept.index(layer)}.{path}"
+        for sublayer, layers in gone.items()
+        for layer in layers
+        for path in anatomy.part("attn" if sublayer == "attn" else "mlp").body
+    ]
+    name = next(
+        n for n in ("llm_int8_skip_modules", "modules_to_not_convert") if hasattr(packing, n)
+    )
+    setattr(packing, name, [*getattr(packing, name), *paths])
 
 
 def _remove_whole_layers(anatomy: Anatomy, module: Any) -> list[int]:

@@ -293,10 +293,12 @@ def extend(
     limit: int,
     stops: Sequence[Callable[..., Tensor]] = (),
     processors: Sequence[Callable[..., Tensor]] = (),
+    cache: Any = None,
 ) -> list[list[int]]:
     """Up to `limit` tokens after each row, the largest logit each time; ended rows are padded.
 
-    `stops` and `processors` are transformers' stopping criteria and logits processors.
+    `stops` and `processors` are transformers' stopping criteria and logits processors; `cache` is
+    an empty one for the keys and values of all that is read.
     """
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -309,7 +311,7 @@ def extend(
     with torch.no_grad():
         ids = model.module.generate(
             **batch, generation_config=config, stopping_criteria=StoppingCriteriaList(stops),
-            logits_processor=LogitsProcessorList(processors),
+            logits_processor=LogitsProcessorList(processors), past_key_values=cache,
         )  # fmt: skip
     return ids[:, batch["input_ids"].shape[1] :].tolist()
 

@@ -41,8 +41,12 @@ PromptsOption = Annotated[
     typer.Option("--prompts", help="Text file, one prompt a line, to measure shifts on."),
 ]
 CalibrationOption = Annotated[
-    Path | None,
-    typer.Option("--calibration", help="Text file, one text a line, for ranking and calibration."),
+    str | None,
+    typer.Option(
+        "--calibration",
+        help="Texts for ranking and calibration: a file (one a line, or .jsonl rows with `text`), or a "
+        "dataset as NAME:CONFIG:SPLIT, whose first 128 rows are streamed.",
+    ),
 ]
 LimitOption = Annotated[
     int | None, typer.Option("--limit", help="Items per task, drawn with the seed (default: all).")
@@ -152,7 +156,7 @@ def compress(
 
     what = Recipe.parse(recipe)
     exists(model)
-    texts = read_calibration(str(calibration) if calibration is not None else None)
+    texts = read_calibration(calibration)
     check_target(out)
     with Progress() as progress:
         with progress.task(f"loading {model}"):
@@ -238,7 +242,7 @@ def _study(options: dict[str, Any], out: Path) -> None:
     paths: dict[str, Any] = {
         name: str(value) if value is not None else None
         for name, value in options.items()
-        if name in ("data", "prompts", "calibration")
+        if name in ("data", "prompts")
     }
     request = Request(**(options | paths))
     what = plan(request, out)  # everything that can be wrong is found before the first model loads
@@ -257,15 +261,18 @@ def _study(options: dict[str, Any], out: Path) -> None:
 
 def _usage_errors() -> tuple[type[Exception], ...]:
     from ..probes.anatomy import AnatomyError
+    from ..probes.backends import BackendError
     from ..probes.decode import DecodeError
     from ..probes.load import LoadError
     from ..probes.measure import MeasureError
     from ..probes.save import SaveError
     from ..probes.tasks import TaskError
+    from ..probes.texts import TextError
     from .study import StudyError
 
     return (
         AnatomyError,
+        BackendError,
         DecodeError,
         LoadError,
         MeasureError,
@@ -274,6 +281,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
         SchemaError,
         StudyError,
         TaskError,
+        TextError,
     )
 
 

@@ -24,7 +24,7 @@ import xarray as xr
 from ..analysis import provenance, schema
 from ..probes.compress import check as check_recipe
 from ..probes.compress import compress, cost
-from ..probes.decode import check_texts, decode, write
+from ..probes.decode import check_texts, decode
 from ..probes.load import DTYPES, exists, load
 from ..probes.measure import MeasureError, check_pair, check_prompts, measure
 from ..probes.model import Model
@@ -33,6 +33,8 @@ from ..probes.recipe import Recipe
 from ..probes.score import Answer, answers, pair
 from ..probes.speed import speed
 from ..probes.tasks import SEED, TWINS, Task, data_text, load_tasks
+from ..probes.texts import read_texts
+from ..probes.writing import write
 from .progress import Progress
 
 DECODED = 16  # prompts that both models go on from
@@ -99,7 +101,7 @@ def plan(request: Request, folder: Path) -> Plan:
     """Check a request without loading a model.
 
     Raises:
-        StudyError, RecipeError, TaskError, LoadError: whatever cannot work, with what to do.
+        StudyError, RecipeError, TaskError, TextError, LoadError: what cannot work, and what to do.
     """
     recipes = {str(Recipe.parse(text)): Recipe.parse(text) for text in request.recipes}
     if len(recipes) < len(request.recipes):
@@ -147,28 +149,16 @@ def _tasks(request: Request) -> list[Task]:
 def _prompts(request: Request) -> list[str]:
     if request.prompts is None:
         return default_prompts()
-    return _lines("--prompts", Path(request.prompts))
+    return read_texts(request.prompts, "--prompts")
 
 
-def read_calibration(file: str | None) -> tuple[str, ...] | None:
-    """The texts of a calibration file, one a line; None for those that ship with us.
+def read_calibration(source: str | None) -> tuple[str, ...] | None:
+    """The texts to calibrate on (see `read_texts`); None for those that ship with us.
 
     Raises:
-        StudyError: no such file, not UTF-8, or nothing in it.
+        TextError: they cannot be read.
     """
-    return None if file is None else tuple(_lines("--calibration", Path(file)))
-
-
-def _lines(option: str, file: Path) -> list[str]:
-    if not file.is_file():
-        raise StudyError(f"{option} {file}: no such file")
-    try:
-        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise StudyError(f"{option} {file}: not UTF-8 text ({error})") from error
-    if not lines:
-        raise StudyError(f"{option} {file}: no text in it; one text a line is needed")
-    return lines
+    return None if source is None else tuple(read_texts(source, "--calibration"))
 
 
 def _check_folder(request: Request, folder: Path) -> None:

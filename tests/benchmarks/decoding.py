@@ -15,8 +15,9 @@ from datetime import date
 import torch
 import transformers as tf
 from prunescope.probes import Recipe, compress, decode, load
-from prunescope.probes.decode import TEMPERATURES, write
+from prunescope.probes.decode import TEMPERATURES
 from prunescope.probes.model import pad
+from prunescope.probes.writing import write
 
 from .kernels import ratios
 
