@@ -23,6 +23,7 @@ install: $(VENV)/.installed
 bench: $(VENV)/.tested  ## measured ratios, side by side in one run (not a timed test)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.kernels
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.decoding
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.patching
 
 $(VENV)/bin/python:
 	@echo "== creating $(VENV)"

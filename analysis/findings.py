@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
-from . import collapse, decoding_findings, hierarchy, theory
+from . import cause_findings, collapse, decoding_findings, hierarchy, theory
 from .finding import Finding, claimed, group
 from .statistics import Interval, bootstrap
 
@@ -28,6 +28,9 @@ def diagnose(cells: Mapping[str, xr.DataTree] | xr.DataTree) -> list[Finding]:
         found += _scores(name, cell) + _output(name, cell) + _spaces(name, cell)
         found += (
             _layers(name, cell) + _theory(name, cell) + _failures(name, cell) + _cost(name, cell)
+        )
+        found += cause_findings.tell(
+            name, group(cell, "patches"), group(cell, "memory"), group(cell, "repairs")
         )
         steps, further = group(cell, "steps"), group(cell, "temperatures")
         if steps is not None:

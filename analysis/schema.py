@@ -76,6 +76,15 @@ def _histories() -> dict[str, Variable]:
     return {name: figures[name] for name in names}
 
 
+def _patched(prefix: str, *dims: str) -> dict[str, Variable]:
+    whole = ("prompt", *dims)
+    return {
+        f"{prefix}kl": Variable(whole, "nat", "mean KL(p || p') over the positions asked about"),
+        f"{prefix}flip": Variable(whole, "1", "share of them whose most likely token differs"),
+        f"{prefix}log_p": Variable(whole, "nat", "log p' of the answer"),
+    }
+
+
 SCHEMA: dict[str, dict[str, Variable]] = {
     "shifts": _figures(_SITE),
     "output": _figures(_POSITION),
@@ -105,6 +114,31 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         for name, figure in _figures((*_HISTORY, "temperature")).items()
         if name in ("kl", "kl_reverse", "tv", "var_p", "entropy_candidate")
     },
+    "patches": {
+        **_patched(""),
+        **_patched("depth_", "layer", "span"),
+        **_patched("swap_", "layer", "site", "swap"),
+        **_patched("part_", "part"),
+        "part_share": Variable(("prompt", "part"), "1", "share of the squared change of h or z"),
+        "log_p_dense": Variable(("prompt",), "nat", "log p of the answer"),
+        "changed": Variable(("layer", "site"), "1", "1 where the sublayers differ", kind="i"),
+        "prompt_text": Variable(("prompt",), "", "the prompt", kind="U"),
+        "answer": Variable(("prompt",), "", "what should follow it", kind="U"),
+    },
+    "memory": {
+        "kl": Variable(
+            ("prompt", "cut"),
+            "nat",
+            "mean KL(p || p') of the steps of the dense text, where the "
+            "candidate reads dense keys and values in its first `cut` layers, its own in the others",
+        ),
+        "flip": Variable(
+            ("prompt", "cut"), "1", "share of the steps whose likeliest token differs"
+        ),
+    },
+    "repairs": {
+        "score": Variable(("item", "arm"), "1", "1 right, 0 wrong, with some sublayers given back"),
+    },
     "cost": {
         "parameters": Variable(("model",), "1", "parameters, shared ones once"),
         "nonzero": Variable(("model",), "1", "parameters that are not zero"),
@@ -128,6 +162,9 @@ SITES = ("attn", "mlp")
 EFFECTS = ("local", "propagated")
 HISTORIES = ("step", "forced", "free", "swapped")
 MODELS = ("dense", "candidate")
+SPANS = ("all", "last")  # dense states at all positions, or only where the answer is predicted
+SWAPS = ("denoise", "noise")  # a dense sublayer in the candidate, and the other way round
+PARTS = ("parallel", "orthogonal", "common", "rest", "top", "tail")
 
 
 def dataset(

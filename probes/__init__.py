@@ -5,8 +5,11 @@ from .decode import decode
 from .kernels import Readout, compare_logits, compare_states
 from .load import load
 from .measure import measure
+from .memory import remember
 from .model import Model
+from .patch import patch
 from .recipe import Recipe
+from .repair import repair, restored
 from .save import save
 from .score import generate, score
 from .tasks import Item, Task, load_tasks, twin
@@ -25,6 +28,10 @@ __all__ = [
     "load",
     "load_tasks",
     "measure",
+    "patch",
+    "remember",
+    "repair",
+    "restored",
     "save",
     "score",
     "twin",

@@ -50,7 +50,14 @@ def check(library: str, modules: Iterable[nn.Module]) -> None:
         )
 
 
-def torchao(module: Any, layers: nn.Module, keep: list[str], bits: int, group: int) -> None:
+def torchao(
+    module: Any,
+    layers: nn.Module,
+    keep: list[str],
+    bits: int,
+    group: int,
+    changing: set[nn.Module],
+) -> None:
     """Weight-only integers: 8 bits with a scale per row, or 4 bits with one per `group` weights.
 
     Args:
@@ -59,6 +66,7 @@ def torchao(module: Any, layers: nn.Module, keep: list[str], bits: int, group: i
         keep: names of the modules that stay as they are.
         bits: 8 or 4. On a CPU torchao holds 4-bit integers in 8 bits each.
         group: weights per scale (0: a row).
+        changing: the modules to pack.
     """
     quantization = _quietly("torchao.quantization")
     from transformers import TorchAoConfig
@@ -71,11 +79,13 @@ def torchao(module: Any, layers: nn.Module, keep: list[str], bits: int, group: i
             granularity=quantization.PerGroup(group),
         )
     )
-    quantization.quantize_(layers, kind)
+    quantization.quantize_(layers, kind, filter_fn=lambda part, _: part in changing)
     _note(module, TorchAoConfig(quant_type=kind, modules_to_not_convert=keep))
 
 
-def bitsandbytes(module: Any, layers: nn.Module, keep: list[str], scheme: str) -> None:
+def bitsandbytes(
+    module: Any, layers: nn.Module, keep: list[str], scheme: str, changing: set[nn.Module]
+) -> None:
     """`nf4` (4-bit normal floats, 64 weights a scale) or `int8` (LLM.int8: activations too).
 
     Args: as `torchao`; `scheme` is the name.
@@ -85,7 +95,7 @@ def bitsandbytes(module: Any, layers: nn.Module, keep: list[str], scheme: str) -
 
     make = _four_bit if scheme == "nf4" else _eight_bit
     for name, part in list(layers.named_modules()):
-        if hasattr(part, "weight") and part.weight.ndim == 2:
+        if part in changing:
             layers.set_submodule(name, make(library, part).eval())
     settle(layers)
     dtype = module.dtype

@@ -26,6 +26,7 @@ from .recipe import (
     Integer,
     Layers,
     Pattern,
+    Place,
     Ratio,
     Recipe,
     RecipeError,
@@ -46,6 +47,22 @@ class Job:
     texts: list[str]
     seed: int
     progress: Callable[[float], None]
+    keep: tuple[Place, ...] = ()
+
+    def kept(self) -> list[str]:
+        """Paths, inside the decoder layers, of what stays as it is."""
+        part = self.candidate.anatomy.part
+        return [f"{n}.{path}" for site, n in self.keep for path in part(_sublayers(site)[0]).body]
+
+    def weights(self) -> dict[str, nn.Module]:
+        """Name -> every module whose weight is to change."""
+        anatomy = self.candidate.anatomy
+        kept = tuple(f"{anatomy.layers}.{path}" for path in self.kept())
+        return {
+            name: module
+            for name, module in linears(anatomy, self.candidate.module).items()
+            if not any(name == path or name.startswith(f"{path}.") for path in kept)
+        }
 
 
 def compress(
@@ -81,7 +98,7 @@ def compress(
         def tick(done: float, i: int = i) -> None:
             progress((i + done) / steps)
 
-        _APPLY[step.method](Job(candidate, step.method, step.amount, texts, seed, tick))
+        _APPLY[step.method](Job(candidate, step.method, step.amount, texts, seed, tick, step.keep))
         after = {name: id(p) for name, p in candidate.module.named_parameters()}
         if before == after:
             raise RecipeError(f"recipe '{step}' changed no weight of {dense.label}")
@@ -101,6 +118,10 @@ def check(dense: Model, recipe: Recipe) -> None:
     """
     _check_packing(dense, recipe)
     for step in recipe.steps:
+        if step.keep and max(layer for _, layer in step.keep) >= dense.layer_count:
+            raise RecipeError(
+                f"recipe '{step}': {dense.name} has layers 0 to {dense.layer_count - 1}"
+            )
         joint = step.method == "joint-drop"
         match step.amount:
             case Count(n) if n >= (there := dense.layer_count * (1 + joint)):
@@ -230,7 +251,7 @@ def _share(amount: Amount) -> Share:
 
 def _each(job: Job, change: Callable[[Tensor], Tensor]) -> None:
     """Give every weight matrix of the layers what `change` makes of it."""
-    modules = linears(job.candidate.anatomy, job.candidate.module)
+    modules = job.weights()
     for done, module in enumerate(modules.values()):
         _replace(module, change(_matrix(module)))
         job.progress((done + 1) / len(modules))
@@ -251,9 +272,9 @@ def _random(job: Job) -> None:
 def _calibrated(job: Job) -> None:
     """Methods that need what each matrix reads, layer by layer on the compressed prefix."""
     candidate, products = job.candidate, job.method != "wanda"
-    tokens = sequences(candidate, job.texts)
+    tokens, changing = sequences(candidate, job.texts), set(job.weights().values())
     for layer in walk(candidate, tokens):
-        modules = matrices_of(layer.block)
+        modules = [m for m in matrices_of(layer.block) if m in changing]
         if modules:
             for group in _watched(layer, modules, products):
                 for module, matrix in zip(group[0], _compressed(job, *group), strict=True):
@@ -331,14 +352,15 @@ def _note_bits(candidate: Model, amount: Integer) -> None:
 def _backend(job: Job) -> None:
     """Hand the decoder layers to a library, which packs their weights."""
     module, anatomy, amount = job.candidate.module, job.candidate.anatomy, job.amount
-    layers, keep = module.get_submodule(anatomy.layers), [anatomy.unembed]
+    layers, changing = module.get_submodule(anatomy.layers), set(job.weights().values())
+    keep = [anatomy.unembed, *(f"{anatomy.layers}.{path}" for path in job.kept())]
     if isinstance(amount, Scheme):
-        backends.bitsandbytes(module, layers, keep, amount.name)
+        backends.bitsandbytes(module, layers, keep, amount.name, changing)
         bits = stored = backends.BITS[amount.name]
     else:
         assert isinstance(amount, Integer)
         bits, group = amount.bits, _group(job.method, amount)
-        backends.torchao(module, layers, keep, bits, group)
+        backends.torchao(module, layers, keep, bits, group, changing)
         stored = bits + (32 / group if group else 0.0)
     job.candidate.achieved.update(bits=int(bits), bits_stored=stored)
 
@@ -365,15 +387,29 @@ _APPLY: dict[str, Callable[[Job], None]] = {
 
 def cost(model: Model) -> dict[str, float]:
     """Parameters, non-zero parameters, bytes in memory and bytes that a packed format would take."""
-    modules = linears(model.anatomy, model.module).values()
-    matrices = {id(m.get_parameter("weight")): m for m in modules}
+    whole = linears(model.anatomy, model.module)
+    matrices = {id(m.get_parameter("weight")): m for m in whole.values()}
+    packable = {id(m.get_parameter("weight")) for m in _rounded(model, whole)}
     bits: Any = model.achieved.get("bits_stored")
     total = nonzero = packed = 0.0
     for p in {id(p): p for p in model.module.parameters()}.values():
-        inside = id(p) in matrices
-        plain = _matrix(matrices[id(p)]) if inside else p
+        plain = _matrix(matrices[id(p)]) if id(p) in matrices else p
         total += plain.numel()
         nonzero += int(torch.count_nonzero(plain))
-        packed += plain.numel() * (bits / 8 if bits and inside else p.element_size())
+        small = bits and id(p) in packable
+        packed += plain.numel() * (bits / 8 if small else p.element_size())
     held = backends.held(model.module)
     return {"parameters": total, "nonzero": nonzero, "bytes": held, "bytes_packed": packed}
+
+
+def _rounded(model: Model, whole: dict[str, nn.Module]) -> list[nn.Module]:
+    """The modules among `whole` that the recipe's rounding step, if any, did not leave alone."""
+    steps = model.recipe.steps if model.recipe else ()
+    kept = [
+        f"{model.anatomy.layers}.{layer}.{path}"
+        for step in steps
+        if isinstance(step.amount, Integer | Scheme)
+        for site, layer in step.keep
+        for path in model.anatomy.part(_sublayers(site)[0]).body
+    ]
+    return [m for n, m in whole.items() if not any(n == k or n.startswith(f"{k}.") for k in kept)]

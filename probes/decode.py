@@ -213,7 +213,7 @@ def _measure(
     dense, candidate = pair
     mine, other = batch.dense, batch.candidate
     h = torch.cat(mine.states)
-    found = {"step": torch.cat(_one_step(candidate, mine))} if cached else {}
+    found = {"step": torch.cat(one_step(candidate, mine, mine.cache))} if cached else {}
     found["forced"] = torch.cat(_states(candidate, mine.rows, mine.texts))
     found["free"] = batch.common_steps(other.states, h)
     found["swapped"] = batch.common_steps(_states(dense, other.rows, other.texts), h)
@@ -242,25 +242,30 @@ def _states(model: Model, rows: Rows, texts: Rows) -> list[Tensor]:
     return at_steps(states, rows, texts)
 
 
-def _one_step(model: Model, read: Written) -> list[Tensor]:
+def one_step(model: Model, read: Written, memory: Any) -> list[Tensor]:
     """States of a model whose every position is a first step from another model's cache.
 
-    Each attention reads the cache strictly before the position, and at it the model's own key and
+    Each attention reads `memory` strictly before the position, and at it the model's own key and
     value: what a single cached step computes, for all positions in one pass.
+
+    Args:
+        model: that makes the step.
+        read: the texts.
+        memory: keys and values of every layer for `layout(rows, texts)`, as `memory.layers`.
     """
     batch: dict[str, Any] = layout(model, read.rows, read.texts)
     start = max(map(len, read.rows)) - 1
     masks = _masks(model, batch, start)
     batch = {name: batch[name][:, start:] for name in ("input_ids", "position_ids")}
     batch["attention_mask"] = masks
-    states = trace.final_states(model.module, model.anatomy, batch, _Remembered(read.cache))
+    states = trace.final_states(model.module, model.anatomy, batch, _Remembered(memory))
     return [row[: len(text)] for row, text in zip(states, read.texts, strict=True)]
 
 
 class _Remembered(DynamicCache):
     """Gives every attention another model's keys and values before its own of the newest tokens."""
 
-    def __init__(self, memory: DynamicCache) -> None:
+    def __init__(self, memory: Any) -> None:
         super().__init__()
         self.memory = memory
 

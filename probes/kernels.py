@@ -194,8 +194,12 @@ def compare_at(
     block: int | None = None,
     compiled: bool = False,
     space: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> list[list[Figures]]:
-    """As `compare_many` at several temperatures, `[temperature][candidate]`: logits are made once."""
+    """As `compare_many` at several temperatures, `[temperature][candidate]`: logits are made once.
+
+    `targets` are token ids `(position,)`: their log p' (nat, T = 1) come as a further figure `log_p`.
+    """
     for temperature in temperatures:
         _check_states(dense, candidates, readout, candidate_readout, temperature, top_k)
     keep_freed_memory()
@@ -204,16 +208,30 @@ def compare_at(
     if space is None:
         space = workspace(readout, block or len(dense), dense.device, len(candidates))
     block = _even(len(dense), min(block or len(dense), space.shape[1]))
+    chosen: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(dense), block):
         states = [x[start : start + block] for x in (dense, *candidates)]
         first: Leaders | None = None
         for i, z, y in _pairs(states, readout, candidate_readout, space):
             first = first or leaders(z, top_k)
+            if targets is not None:
+                chosen[i].append(log_p(y, targets[start : start + block]))
             for settings, columns in zip(every, done, strict=True):
                 columns[i].append(reduce_block(z, y, settings, first))
+    extra: list[Figures] = [{"log_p": torch.cat(c)} for c in chosen if c] or [{}] * len(candidates)
     return [
-        [dict(zip(FIGURES, torch.cat(columns).T, strict=True)) for columns in here] for here in done
+        [
+            dict(zip(FIGURES, torch.cat(columns).T, strict=True)) | more
+            for columns, more in zip(here, extra, strict=True)
+        ]
+        for here in done
     ]
+
+
+def log_p(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits) at one token id a row, float64 `(row,)`, in nat."""
+    picked = logits.gather(1, targets[:, None])[:, 0]
+    return picked.double() - logits.logsumexp(-1).double()
 
 
 def _pairs(

@@ -8,6 +8,7 @@ magnitude@0.5                  the smaller half of each weight matrix
 wanda@2:4                      two of every four weights, by |w| times the size of what it reads
 rtn@int4-g64                   4-bit integers, one scale per 64 weights
 bitsandbytes@nf4               packed by another library
+rtn@int4-g64-keep=mlp.29       all but one sublayer
 attn-drop@4+rtn@int8           one after the other
 """
 
@@ -203,15 +204,21 @@ METHODS: dict[str, Method] = {
 """Every method by name. A new one is a row here and a function in `compress.APPLY`."""
 
 
+Place = tuple[str, int]
+"""A sublayer: `attn` or `mlp`, and its layer."""
+
+
 @dataclass(frozen=True)
 class Step:
-    """One method with its amount: `method@amount`."""
+    """One method with its amount, and the sublayers that it leaves alone: `method@amount-keep=…`."""
 
     method: str
     amount: Amount
+    keep: tuple[Place, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.method}@{self.amount}"
+        kept = ",".join(f"{site}.{layer}" for site, layer in self.keep)
+        return f"{self.method}@{self.amount}" + (f"-keep={kept}" if kept else "")
 
 
 @dataclass(frozen=True)
@@ -249,7 +256,20 @@ def _step(part: str, text: str) -> Step:
         raise RecipeError(
             f"recipe {text!r}: {method} needs an amount, as {METHODS[method].example!r}"
         )
+    amount, _, kept = amount.partition("-keep=")
     try:
-        return Step(method, METHODS[method].amount(amount))
+        return Step(method, METHODS[method].amount(amount), _kept(method, kept))
     except RecipeError as error:
         raise RecipeError(f"recipe {text!r}: amount {amount!r} is not {error}") from None
+
+
+def _kept(method: str, text: str) -> tuple[Place, ...]:
+    if not text:
+        return ()
+    matches = [re.fullmatch(r"(attn|mlp)\.(\d+)", part) for part in text.split(",")]
+    if method.endswith("-drop") or not all(matches):
+        raise RecipeError(
+            "one with sublayers to keep as they are, as -keep=attn.3,mlp.29 (for drops, name the "
+            "layers instead: layers=3,7)"
+        )
+    return tuple(sorted({(m[1], int(m[2])) for m in matches if m}))

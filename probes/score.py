@@ -20,6 +20,7 @@ import xarray as xr
 from torch import Tensor
 
 from ..analysis import schema
+from .kernels import log_p
 from .model import Model, pad
 from .tasks import Item, Task
 
@@ -220,7 +221,7 @@ def _target_sums(
         logits = readout.logits(
             readout.states(part), part.new_empty((len(part), model.vocabulary), dtype=torch.float32)
         )
-        pieces.append(logits.gather(1, ids[:, None])[:, 0].double() - logits.logsumexp(-1).double())
+        pieces.append(log_p(logits, ids))
     values = torch.cat(pieces).cpu()
     return torch.zeros(len(tails), dtype=torch.float64).index_add_(0, row, values).numpy()
 

@@ -41,6 +41,11 @@ class Item:
     answer: int = 0
     accepted: tuple[str, ...] = ()
 
+    @property
+    def right(self) -> str:
+        """The right answer as it would stand after the prompt."""
+        return self.choices[self.answer] if self.choices else f" {self.accepted[0]}"
+
 
 @dataclass(frozen=True)
 class Task:

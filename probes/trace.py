@@ -170,6 +170,20 @@ def entry(module: nn.Module, anatomy: Anatomy, batch: Batch) -> Tensor:
     return states
 
 
+def surroundings(
+    module: nn.Module, anatomy: Anatomy, batch: Batch
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What each layer's attention is called with: its arguments, by place and by name."""
+    model = wrap(module)
+    found: Any = []
+    with torch.no_grad(), model.trace(**batch, use_cache=False) as tracer:
+        found.save()
+        for block in model.get(anatomy.layers):
+            found.append(block.get(anatomy.attn.body[0]).inputs)
+        tracer.stop()
+    return found
+
+
 def sublayer_cosines(
     module: nn.Module, anatomy: Anatomy, batch: Batch, mask: Tensor
 ) -> dict[str, list[float]]:

@@ -52,6 +52,16 @@ LimitOption = Annotated[
     int | None, typer.Option("--limit", help="Items per task, drawn with the seed (default: all).")
 ]
 StepsOption = Annotated[int, typer.Option("--steps", help="Tokens that both models write.")]
+CausesOption = Annotated[
+    int,
+    typer.Option("--causes", help="Items on which each layer's share of the damage is looked for."),
+]
+RepairOption = Annotated[
+    int,
+    typer.Option(
+        "--repair", help="Sublayers to give back, those blamed most, and see what is written again."
+    ),
+]
 SampledOption = Annotated[
     bool,
     typer.Option(
@@ -89,6 +99,8 @@ def diagnose(
     steps: StepsOption = 32,
     sampled: SampledOption = False,
     temperature: TemperatureOption = 1.0,
+    causes: CausesOption = 16,
+    repair: RepairOption = 0,
     seed: SeedOption = 24652,
     lens: LensOption = "norm",
     dtype: DtypeOption = "float32",
@@ -99,7 +111,7 @@ def diagnose(
     options: dict[str, Any] = {
         "model": model, "recipes": tuple(str(Recipe.parse(r)) for r in recipe), "tasks": _names(tasks),
         "data": data, "prompts": prompts, "calibration": calibration, "limit": limit, "steps": steps, "sampled": sampled, "temperature": temperature,
-        "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+        "causes": causes, "repair": repair, "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     _study(options, out)
 
@@ -118,6 +130,8 @@ def compare(
     steps: StepsOption = 32,
     sampled: SampledOption = False,
     temperature: TemperatureOption = 1.0,
+    causes: CausesOption = 16,
+    repair: RepairOption = 0,
     seed: SeedOption = 24652,
     lens: LensOption = "norm",
     dtype: DtypeOption = "float32",
@@ -128,7 +142,7 @@ def compare(
     options: dict[str, Any] = {
         "model": dense, "candidates": tuple(candidate), "tasks": _names(tasks),
         "data": data, "prompts": prompts, "limit": limit, "steps": steps, "sampled": sampled, "temperature": temperature,
-        "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+        "causes": causes, "repair": repair, "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     _study(options, out)
 

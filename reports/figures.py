@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
@@ -16,31 +13,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ..analysis import collapse, decoding, hierarchy, theory
+from .cause_figures import causes
+from .picture import STYLE, Picture, finish, having, safe
 
 COLOURS = {"h": "#4477aa", "z": "#228833", "p": "#cc3311", "kl": "#882255"}
 HISTORIES = {"step": "#4477aa", "forced": "#228833", "free": "#cc3311", "swapped": "#333333"}
 FORMATS = {"choice": "#4477aa", "generation": "#cc6600"}
 SPACE_NAMES = {"h": "hidden state h", "z": "logits z", "p": "probabilities p"}
-STYLE: Any = {
-    "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "figure.facecolor": "white", "svg.fonttype": "path", "svg.hashsalt": "prunescope",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure: file name, image data, caption, and the text for those who cannot see it."""
-
-    name: str
-    svg: bytes
-    caption: str
-    alternative: str
-
-    @property
-    def uri(self) -> str:
-        """As a data URI for an `img`."""
-        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
 
 
 def draw(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
@@ -49,22 +28,12 @@ def draw(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
         return [picture for make in FIGURES for picture in make(cells)]
 
 
-def _finish(name: str, figure: Figure, caption: str, alternative: str) -> Picture:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return Picture(name, buffer.getvalue(), caption, alternative)
-
-
-def _with(cells: Mapping[str, xr.DataTree], group: str) -> dict[str, xr.Dataset]:
-    return {name: c[group].to_dataset() for name, c in cells.items() if group in c.children}
-
-
 # --- retention -----------------------------------------------------------------------------------
 
 
 def retention(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     """Retention of every task, choice beside generation, one panel per cell."""
-    rows = {name: collapse.retentions(s) for name, s in _with(cells, "scores").items()}
+    rows = {name: collapse.retentions(s) for name, s in having(cells, "scores").items()}
     if not rows:
         return []
     tasks = list(dict.fromkeys(r.task for r in next(iter(rows.values()))))
@@ -90,7 +59,7 @@ def retention(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
         "limits of “intact” (0.95) and “collapsed” (0.10). Hollow: the dense model is not above chance. "
         "Values beyond the axis are drawn at its edge."
     )
-    return [_finish("retention", figure, caption, f"Retention by task and format. {told}.")]
+    return [finish("retention", figure, caption, f"Retention by task and format. {told}.")]
 
 
 def _told(row: collapse.Retention) -> str:
@@ -114,7 +83,7 @@ def _retention_panel(axis: Any, rows: list[collapse.Retention], tasks: list[str]
 
 def layers(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     """1 - cosine in h, z and p by layer, and KL, one row of panels per cell (paper's Figures 2, 6)."""
-    return [_layers(name, data) for name, data in _with(cells, "shifts").items()]
+    return [_layers(name, data) for name, data in having(cells, "shifts").items()]
 
 
 def _layers(name: str, data: xr.Dataset) -> Picture:
@@ -152,7 +121,7 @@ def _layers(name: str, data: xr.Dataset) -> Picture:
         "Bands: 95 % over prompts; no point means exactly no shift."
     )
     alternative = f"Curves over layers for {name}. After the last layer, 1 minus cosine is: {told}."
-    return _finish(f"layers-{safe(name)}", figure, caption, alternative)
+    return finish(f"layers-{safe(name)}", figure, caption, alternative)
 
 
 def _curve(axis: Any, data: xr.Dataset, colour: str, label: str, style: str = "-") -> None:
@@ -195,7 +164,7 @@ def theorems(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
         "dashed: a factor of 2. Percentages: positions within a factor of 2."
     )
     return [
-        _finish("theory", figure, caption, "Two-dimensional histograms. " + "; ".join(told) + ".")
+        finish("theory", figure, caption, "Two-dimensional histograms. " + "; ".join(told) + ".")
     ]
 
 
@@ -239,7 +208,7 @@ def validity(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
         "How far second order describes each candidate, against the amount of compression: medians over "
         "the positions at the output, 95 % over prompts. Well below 1 on the left, Theorems 2 and 3 hold."
     )
-    return [_finish("validity", figure, caption, f"Points by bytes saved. {told}.")]
+    return [finish("validity", figure, caption, f"Points by bytes saved. {told}.")]
 
 
 # --- decoding ------------------------------------------------------------------------------------
@@ -278,7 +247,7 @@ def _decoding(name: str, steps: xr.Dataset, cell: xr.DataTree) -> Picture:
     )
     last = ", ".join(f"{h} {float(curves.value.sel(history=h).mean()):.2g}" for h in HISTORIES)
     alternative = f"Decoding of {name}. Mean KL over the steps: {last} nat. {life.parted} of {life.prompts} texts part."
-    return _finish(f"decoding-{safe(name)}", figure, caption, alternative)
+    return finish(f"decoding-{safe(name)}", figure, caption, alternative)
 
 
 def _step_curve(axis: Any, data: xr.Dataset, colour: str, label: str) -> None:
@@ -360,16 +329,12 @@ def _theory_panel(
     ]
 
 
-def safe(name: str) -> str:
-    """A cell's name as part of a file name."""
-    return "".join(c if c.isalnum() or c in "-." else "-" for c in name)
-
-
 FIGURES: tuple[Callable[[Mapping[str, xr.DataTree]], list[Picture]], ...] = (
     retention,
     layers,
     theorems,
     validity,
+    causes,
     histories,
 )
 """Every figure. A new one is a function from cells to pictures, and a row here."""

@@ -14,6 +14,7 @@ import xarray as xr
 
 from ..analysis import (
     Finding,
+    causes,
     collapse,
     decoding,
     diagnose,
@@ -23,9 +24,11 @@ from ..analysis import (
     theory,
 )
 from . import figures
+from .picture import Picture, safe
 
-KINDS = ("layers", "decoding")  # figures of one cell each
+KINDS = ("layers", "causes", "decoding")  # figures of one cell each
 CHANGED = 4  # changed answers shown per cell
+CAUSES = ("/patches", "/memory", "/repairs")  # what the section on causes rests on
 STRIPS = 4  # prompts whose texts are shown token by token
 SHADE_FULL = 4.0  # nat of KL at which a token is shaded fully
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -41,10 +44,13 @@ class Section:
     retention: list[collapse.Retention]
     theory: list[theory.Fit]
     texts: list[dict[str, Any]]
+    caused: list[Finding]
+    blamed: list[causes.Cause]
+    blamed_for: str
     flips: list[decoding.Flips]
     calibration: list[decoding.Bin]
     changed: list[dict[str, Any]]
-    pictures: list[figures.Picture]
+    pictures: list[Picture]
     attributes: dict[str, Any]
 
 
@@ -74,7 +80,7 @@ def render(
 
 
 def page(
-    cells: Mapping[str, xr.DataTree], found: Sequence[Finding], pictures: Sequence[figures.Picture]
+    cells: Mapping[str, xr.DataTree], found: Sequence[Finding], pictures: Sequence[Picture]
 ) -> str:
     """The whole page as text. Everything that a model wrote is escaped by the template."""
     environment = jinja2.Environment(
@@ -91,6 +97,7 @@ def page(
         verdicts=collapse.VERDICTS,
         theorems=theory.THEOREMS,
         shade_full=SHADE_FULL,
+        elsewhere=("/steps", "/temperatures", *CAUSES),
         provenance=next(iter(sections)).attributes if sections else {},
         made=provenance.stamp(),
     )
@@ -121,6 +128,12 @@ def _cell_summary(cell: xr.DataTree) -> dict[str, Any]:
         result["theory"] = [
             f.__dict__ for f in theory.fits(output, float(output.attrs["temperature"]))
         ]
+    blamed, figure = _blamed(cell)
+    if blamed:
+        result["causes"] = {
+            "figure": figure,
+            "sublayers": [{**c.__dict__, "share": list(c.share)} for c in blamed],
+        }
     if "steps" in cell.children:
         result["decoding"] = _decoding_summary(cell["steps"].to_dataset())
     if "cost" in cell.children:
@@ -160,7 +173,7 @@ def _finite(value: Any) -> Any:
 
 
 def _section(
-    name: str, cell: xr.DataTree, found: Sequence[Finding], pictures: Sequence[figures.Picture]
+    name: str, cell: xr.DataTree, found: Sequence[Finding], pictures: Sequence[Picture]
 ) -> Section:
     mine = [f for f in found if f.where == name or f.where.startswith(f"{name}, ")]
     scores = cell["scores"].to_dataset() if "scores" in cell.children else None
@@ -178,12 +191,25 @@ def _section(
         collapse.retentions(scores) if scores is not None else [],
         theory.fits(output, float(output.attrs["temperature"])) if output is not None else [],
         _texts(steps) if steps is not None else [],
+        [f for f in mine if f.evidence.startswith(CAUSES)],
+        *_blamed(cell),
         decoding.flips(steps) if steps is not None else [],
         decoding.calibration(steps) if steps is not None else [],
         _changed(scores) if scores is not None else [],
-        [p for p in pictures if p.name in {f"{kind}-{figures.safe(name)}" for kind in KINDS}],
+        [p for p in pictures if p.name in {f"{kind}-{safe(name)}" for kind in KINDS}],
         _attributes(cell),
     )
+
+
+def _blamed(cell: xr.DataTree) -> tuple[list[causes.Cause], str]:
+    """Every changed sublayer, worst first, and what they are blamed for."""
+    if "patches" not in cell.children:
+        return [], ""
+    patches = cell["patches"].to_dataset()
+    figure = next(iter(causes.measurable(patches)), None)
+    if figure is None:
+        return [], ""
+    return causes.ranking(patches, figure), causes.FIGURES[figure]
 
 
 def _texts(steps: xr.Dataset) -> list[dict[str, Any]]:
@@ -256,7 +282,7 @@ def _number(value: float) -> str:
     return "–" if not np.isfinite(value) else f"{value:.2f}"
 
 
-def _write_figures(pictures: Sequence[figures.Picture], folder: Path) -> None:
+def _write_figures(pictures: Sequence[Picture], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         (folder / f"{picture.name}.svg").write_bytes(picture.svg)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,18 @@ import numpy as np
 import torch
 import xarray as xr
 
-from ..analysis import provenance, schema
+from ..analysis import causes, provenance, schema
 from ..probes.compress import check as check_recipe
 from ..probes.compress import compress, cost
-from ..probes.decode import check_texts, decode
+from ..probes.decode import check_texts, decode, readable
 from ..probes.load import DTYPES, exists, load
 from ..probes.measure import MeasureError, check_pair, check_prompts, measure
+from ..probes.memory import remember
 from ..probes.model import Model
+from ..probes.patch import patch
 from ..probes.rank import calibration_texts
 from ..probes.recipe import Recipe
+from ..probes.repair import arms, repair
 from ..probes.score import Answer, answers, pair
 from ..probes.speed import speed
 from ..probes.tasks import SEED, TWINS, Task, data_text, load_tasks
@@ -38,6 +42,7 @@ from ..probes.writing import write
 from .progress import Progress
 
 DECODED = 16  # prompts that both models go on from
+REMEMBERED = 8  # of them, those on which memories are exchanged
 PEAK_UNIT = 1024  # ru_maxrss counts KiB on Linux
 
 
@@ -60,6 +65,8 @@ class Request:
     steps: int = 32
     sampled: bool = False
     temperature: float = 1.0
+    causes: int = 16
+    repair: int = 0
     seed: int = SEED
     lens: str = "norm"
     dtype: str = "float32"
@@ -121,6 +128,7 @@ def _check_numbers(request: Request) -> None:
         raise StudyError(
             "nothing to compare with: give at least one --recipe, as --recipe mlp-drop@3"
         )
+    _check_causes(request)
     for name, value in (("--limit", request.limit), ("--steps", request.steps)):
         if value is not None and value < 1:
             raise StudyError(f"{name} is {value}; it must be at least 1")
@@ -136,6 +144,16 @@ def _check_numbers(request: Request) -> None:
         raise StudyError(
             f"--device {request.device!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _check_causes(request: Request) -> None:
+    for name, value in (("--causes", request.causes), ("--repair", request.repair)):
+        if value < 0:
+            raise StudyError(f"{name} is {value}; it must be 0 (not done) or more")
+    if request.repair and not request.causes:
+        raise StudyError(
+            "--repair gives back what --causes blames, and that is 0; leave it above 0"
+        )
 
 
 def _tasks(request: Request) -> list[Task]:
@@ -289,11 +307,18 @@ def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
     with progress.task(f"{name}: decoding") as tick:
         decoded = _decode(what, dense, candidate, tick)
     lap("decode")
+    caused = _causes(what, dense, candidate, tree, name, progress)
+    lap("causes")
     with progress.task(f"{name}: speed") as tick:
         rates = speed(dense.model, candidate, progress=tick)
     lap("speed")
     groups = {n: node.to_dataset() for n, node in tree.children.items()}
-    groups |= {"scores": scores, **decoded, "cost": _cost(dense.cost, candidate, rates, seconds)}
+    groups |= {
+        "scores": scores,
+        **decoded,
+        **caused,
+        "cost": _cost(dense.cost, candidate, rates, seconds),
+    }
     stamp = _provenance(what, name, dense.model, candidate)
     schema.write(schema.tree(groups, stamp), what.cell(name))
 
@@ -331,6 +356,60 @@ def _decode(
         **_decoding(what.request),
     )  # fmt: skip
     return {name: node.to_dataset() for name, node in cell.children.items()}
+
+
+def _causes(
+    what: Plan, dense: _Dense, candidate: Model, tree: xr.DataTree, name: str, progress: Progress
+) -> dict[str, xr.Dataset]:
+    """Patched models, memories and, asked for, repairs: where layers have counterparts."""
+    if not what.request.causes or "shifts" not in tree.children:
+        return {}
+    prompts, answers = _asked(what, dense.answers)
+    with progress.task(f"{name}: causes") as tick:
+        cell = patch(dense.model, candidate, prompts=prompts, answers=answers, progress=tick)
+    groups = {"patches": cell["patches"].to_dataset()}
+    if readable(dense.model, candidate):
+        with progress.task(f"{name}: memory") as tick:
+            texts = dense.texts[:REMEMBERED]
+            cell = remember(
+                dense.model, candidate, prompts=what.prompts[: len(texts)], written=texts,
+                steps=what.request.steps, progress=tick,
+            )  # fmt: skip
+        groups["memory"] = cell["memory"].to_dataset()
+    places = _places(what, groups["patches"], tree["shifts"].to_dataset())
+    if places:
+        with progress.task(f"{name}: repair") as tick:
+            cell = repair(dense.model, candidate, places=places, tasks=what.tasks, progress=tick)
+        groups["repairs"] = cell["repairs"].to_dataset()
+    return groups
+
+
+def _asked(what: Plan, replies: list[list[Answer]]) -> tuple[list[str], list[str] | None]:
+    """Items that the dense model writes (else: chooses) right, tasks in turn, with their answers."""
+    sides: dict[str, list[list[tuple[str, str]]]] = {"generation": [], "choice": []}
+    for task, answered in zip(what.tasks, replies, strict=True):
+        right = [item for item, a in zip(task.items, answered, strict=True) if a.score == 1]
+        sides[task.format].append([(i.prompt, i.right) for i in right if i.prompt])
+    for queues in sides.values():
+        turns = [pair for row in zip_longest(*queues) for pair in row if pair is not None]
+        if turns:
+            prompts, answers = zip(*turns[: what.request.causes], strict=True)
+            return list(prompts), list(answers)
+    return list(what.prompts[: what.request.causes]), None
+
+
+def _places(
+    what: Plan, patches: xr.Dataset, shifts: xr.Dataset
+) -> dict[str, list[tuple[str, int]]] | None:
+    """Which sublayers to give back; None where nothing was asked for or can be told apart."""
+    figures = causes.measurable(patches)
+    written = any(task.format == "generation" for task in what.tasks)
+    if not (what.request.repair and figures and written and int(patches.changed.sum()) > 1):
+        return None
+    blamed = [(c.site, c.layer) for c in causes.ranking(patches, figures[0])]
+    own = shifts.angular.sel(effect="local", space="h").mean(("prompt", "token"))
+    moved = sorted(blamed, key=lambda p: -float(own.sel(site=p[0], layer=p[1])))
+    return arms(blamed, moved, min(what.request.repair, len(blamed) - 1), what.request.seed)
 
 
 def _decoding(request: Request) -> dict[str, Any]:

@@ -16,6 +16,8 @@ steps = st.one_of(
     st.builds("{}@{}:{}".format, zeroing, st.integers(1, 4), st.integers(5, 16)),
     st.builds("{}@int{}".format, rounding, st.integers(2, 8)),
     st.builds("{}@int{}-g{}".format, rounding, st.integers(2, 8), st.integers(8, 256)),
+    st.builds("{}@int4-keep={}.{},mlp.0".format, rounding, st.sampled_from(["attn", "mlp"]), st.integers(0, 99)),
+    st.sampled_from(["torchao@int8", "torchao@int4-g32", "bitsandbytes@nf4", "bitsandbytes@int8-keep=attn.3"]),
 )  # fmt: skip
 
 
@@ -51,6 +53,8 @@ def test_amounts_are_values():
         ("wanda@4:2", "2 of every 4 stay"),
         ("magnitude@1.0", "between 0 and 1"),
         ("magnitude@half", "between 0 and 1"),
+        ("rtn@int8-keep=mlp29", "keep=attn.3,mlp.29"),
+        ("mlp-drop@2-keep=mlp.3", "name the layers instead"),
         ("rtn@int1", "int2 to int8"),
         ("rtn@int4-g2", "int2 to int8"),
         ("", "unknown method ''"),
