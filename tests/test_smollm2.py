@@ -6,8 +6,21 @@ import numpy as np
 import pytest
 import test_decode
 import torch
-from prunescope.analysis import decoding, diagnose
-from prunescope.probes import Recipe, compress, decode, load, load_tasks, measure, save, score, twin
+from prunescope.analysis import causes, decoding, diagnose
+from prunescope.probes import (
+    Recipe,
+    compress,
+    decode,
+    load,
+    load_tasks,
+    measure,
+    patch,
+    remember,
+    save,
+    score,
+    twin,
+)
+from prunescope.probes.compress import cost
 from prunescope.probes.rank import importance
 from prunescope.probes.speed import speed
 from prunescope.probes.tasks import TWINS
@@ -110,6 +123,8 @@ def test_the_main_job_end_to_end(tmp_path):
         tasks=("opposites",),
         limit=30,
         steps=8,
+        causes=4,
+        repair=1,
     )
     with Progress(Console(quiet=True)) as progress:
         run(plan(request, tmp_path / "out"), progress)
@@ -124,6 +139,11 @@ def test_the_main_job_end_to_end(tmp_path):
     assert drop.claim.split(" (")[0] in file.read_text()
     drawn = {picture.stem for picture in (tmp_path / "out" / "figures").glob("*.svg")}
     assert {"retention", "theory", "validity", "layers-mlp-drop-3", "decoding-mlp-drop-3"} <= drawn
+    assert "causes-mlp-drop-3" in drawn
+    repairs = found["mlp-drop@3"]["repairs"].score.mean("item")
+    assert float(repairs.sel(arm="none")) < float(repairs.sel(arm="all"))
+    told = [f.evidence for f in findings if f.where == "mlp-drop@3"]
+    assert {"/patches/depth", "/patches/swap", "/memory/kl", "/repairs/score"} <= set(told)
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())["findings"]) == len(
         findings
     )
@@ -214,3 +234,40 @@ def test_methods_that_look_at_activations_lose_less(smollm2, shared_data):
     assert pruned + 1 < found["magnitude@0.5"] < found["random@0.5"] - 5, found
     assert found["wanda@0.5"] < found["wanda@2:4"] < found["magnitude@0.5"] + 1, found
     assert loss(smollm2, tokens) < found["awq@int3-g64"] < found["rtn@int3-g64"], found
+
+
+def test_a_planted_fault_is_blamed(smollm2):
+    """Everything rounded a little, one MLP a lot: it causes most, alone and missing."""
+    candidate = compress(smollm2, Recipe.parse("rtn@int8"))
+    broken = compress(smollm2, Recipe.parse("rtn@int2-g64"))
+    blocks = [m.anatomy.blocks(m.module) for m in (candidate, broken)]
+    blocks[0][12].set_submodule("mlp", blocks[1][12].mlp)
+    cell = patch(smollm2, candidate, prompts=PROMPTS[:1], answers=[" Rome"])["patches"].to_dataset()
+    worst = causes.ranking(cell, "kl")[0]
+    assert (worst.layer, worst.site) == (12, "mlp")
+    assert worst.share.value > 0.5
+    run = causes.culprits(cell, "kl")
+    assert (run.first, run.last) == (12, 12)
+
+
+def test_memory_of_the_real_model(smollm2):
+    candidate = compress(smollm2, Recipe.parse("mlp-drop@layers=15"))
+    kl = remember(smollm2, candidate, prompts=PROMPTS, steps=6)["memory"].kl.mean("prompt").values
+    assert kl[0] == kl[16], "what is below the dropped MLP remembers alike"
+    assert kl[-1] < kl[0]
+
+
+def test_libraries_that_pack_move_less_with_more_bits(smollm2, tmp_path):
+    kls = []
+    for recipe in ("torchao@int8", "bitsandbytes@int8", "bitsandbytes@nf4", "torchao@int4"):
+        candidate = compress(smollm2, Recipe.parse(recipe))
+        tree = measure(smollm2, candidate, prompts=PROMPTS, layerwise=False)
+        kls.append(float(tree["output"].kl.mean()))
+        sizes = [cost(m)["bytes"] for m in (smollm2, candidate)]
+        assert sizes[1] < 0.55 * sizes[0], recipe
+    assert kls == sorted(kls)
+    assert kls[1] < 0.1 < kls[2]
+    back = load(save(candidate, tmp_path / "packed"))
+    assert (
+        float(measure(candidate, back, prompts=PROMPTS, layerwise=False)["output"].kl.max()) < 1e-6
+    )
