@@ -113,7 +113,7 @@ def _parts(name: str, patches: xr.Dataset) -> list[Finding]:
     )
     logits = (
         f"Of the change of its logits {_percent(common[1])} is one shift common to all tokens, which does no KL; kept "
-        f"alone, the change at the ten likeliest tokens does {_percent(top[0])} of the KL, that of all others "
+        f"alone, the change at the ten likeliest tokens ({100 * top[1].value:.2g} % of its square) does {_percent(top[0])} of the KL, that of all others "
         f"{_percent(part['tail'][0])}."
     )
     return [

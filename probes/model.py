@@ -121,10 +121,18 @@ def pad(
 ) -> dict[str, Tensor]:
     """Rows of token ids as one padded batch: `input_ids`, `attention_mask`, `position_ids`."""
     width = max(map(len, rows))
+    starts = [0 if side == "right" else width - len(row) for row in rows]
+    return placed(model, rows, starts, width)
+
+
+def placed(
+    model: Model, rows: Sequence[Sequence[int]], starts: Sequence[int], width: int
+) -> dict[str, Tensor]:
+    """As `pad`, each row from its own column on, `width` columns in all."""
     ids = torch.full((len(rows), width), model.tokenizer.pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        here = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        here = slice(start, start + len(row))
         ids[i, here] = torch.tensor(row, dtype=torch.long)
         mask[i, here] = 1
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

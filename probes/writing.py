@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from . import trace
-from .model import Model
+from .model import Model, placed
 from .score import extend
 from .tasks import SEED
 
@@ -101,16 +101,9 @@ def layout(model: Model, rows: Rows, texts: Rows) -> dict[str, Tensor]:
     Prompts end, and texts without their last token begin, in the same column.
     """
     start = max(map(len, rows))
-    shape = (len(rows), start + max(map(len, texts)) - 1)
-    ids = torch.full(shape, model.tokenizer.pad_token_id, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
-        here = slice(start - len(row), start + len(text) - 1)
-        ids[i, here] = torch.tensor([*row, *text[:-1]], dtype=torch.long)
-        mask[i, here] = 1
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+    whole = [[*row, *text[:-1]] for row, text in zip(rows, texts, strict=True)]
+    starts = [start - len(row) for row in rows]
+    return placed(model, whole, starts, start + max(map(len, texts)) - 1)
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:

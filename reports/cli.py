@@ -166,7 +166,7 @@ def compress(
     from ..probes.compress import check
     from ..probes.load import exists
     from ..probes.save import check_target
-    from .study import read_calibration
+    from .request import read_calibration
 
     what = Recipe.parse(recipe)
     exists(model)
@@ -251,7 +251,8 @@ def _names(tasks: str) -> tuple[str, ...]:
 
 def _study(options: dict[str, Any], out: Path) -> None:
     from .render import render
-    from .study import Request, cells, plan, run
+    from .request import Request, plan
+    from .study import cells, run
 
     paths: dict[str, Any] = {
         name: str(value) if value is not None else None
@@ -282,7 +283,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
     from ..probes.save import SaveError
     from ..probes.tasks import TaskError
     from ..probes.texts import TextError
-    from .study import StudyError
+    from .request import StudyError
 
     return (
         AnatomyError,

@@ -128,12 +128,8 @@ def _cell_summary(cell: xr.DataTree) -> dict[str, Any]:
         result["theory"] = [
             f.__dict__ for f in theory.fits(output, float(output.attrs["temperature"]))
         ]
-    blamed, figure = _blamed(cell)
-    if blamed:
-        result["causes"] = {
-            "figure": figure,
-            "sublayers": [{**c.__dict__, "share": list(c.share)} for c in blamed],
-        }
+    if "patches" in cell.children:
+        result["causes"] = _causes_summary(cell["patches"].to_dataset())
     if "steps" in cell.children:
         result["decoding"] = _decoding_summary(cell["steps"].to_dataset())
     if "cost" in cell.children:
@@ -148,6 +144,19 @@ def _cell_summary(cell: xr.DataTree) -> dict[str, Any]:
             if v.ndim == 1
         }
     return result
+
+
+def _causes_summary(patches: xr.Dataset) -> dict[str, Any]:
+    """For every figure in which anything was lost: what depths recover and sublayers cause."""
+    return {
+        figure: {
+            "sublayers": [c.__dict__ for c in causes.ranking(patches, figure)],
+            "depth": causes.by_depth(patches, figure),
+            "parts": causes.by_part(patches, figure),
+            "alone": causes.interaction(patches, figure),
+        }
+        for figure in causes.measurable(patches)
+    }
 
 
 def _decoding_summary(steps: xr.Dataset) -> dict[str, Any]:

@@ -8,7 +8,6 @@ DIR/cells/*.nc          one netCDF file per cell
 from __future__ import annotations
 
 import json
-import re
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -19,188 +18,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from ..analysis import causes, provenance, schema
 from ..probes.compress import check as check_recipe
 from ..probes.compress import compress, cost
 from ..probes.decode import check_texts, decode, readable
-from ..probes.load import DTYPES, exists, load
+from ..probes.load import load
 from ..probes.measure import MeasureError, check_pair, check_prompts, measure
 from ..probes.memory import remember
 from ..probes.model import Model
 from ..probes.patch import patch
 from ..probes.rank import calibration_texts
-from ..probes.recipe import Recipe
 from ..probes.repair import arms, repair
 from ..probes.score import Answer, answers, pair
 from ..probes.speed import speed
-from ..probes.tasks import SEED, TWINS, Task, data_text, load_tasks
-from ..probes.texts import read_texts
+from ..probes.tasks import Task
 from ..probes.writing import write
 from .progress import Progress
+from .request import Plan, Request, StudyError
 
 DECODED = 16  # prompts that both models go on from
 REMEMBERED = 8  # of them, those on which memories are exchanged
 PEAK_UNIT = 1024  # ru_maxrss counts KiB on Linux
-
-
-class StudyError(ValueError):
-    """A study that cannot start as asked; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user asked for, as plain values; two equal requests give the same study."""
-
-    model: str
-    recipes: tuple[str, ...] = ()
-    candidates: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    data: str | None = None
-    prompts: str | None = None
-    calibration: str | None = None
-    limit: int | None = None
-    steps: int = 32
-    sampled: bool = False
-    temperature: float = 1.0
-    causes: int = 16
-    repair: int = 0
-    seed: int = SEED
-    lens: str = "norm"
-    dtype: str = "float32"
-    device: str = "cpu"
-    trust_remote_code: bool = False
-
-    def names(self) -> list[str]:
-        """The cells, in order."""
-        return [*self.recipes, *self.candidates]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A request whose every part was found to be usable, before anything slow."""
-
-    request: Request
-    folder: Path
-    recipes: dict[str, Recipe]
-    tasks: tuple[Task, ...]
-    prompts: tuple[str, ...]
-    calibration: tuple[str, ...] | None
-
-    def cell(self, name: str) -> Path:
-        """The file of one cell."""
-        return self.folder / "cells" / f"{re.sub(r'[^A-Za-z0-9.@=+-]+', '_', name)}.nc"
-
-    def missing(self) -> list[str]:
-        """The cells that are not there yet."""
-        return [name for name in self.request.names() if not self.cell(name).exists()]
-
-
-def default_prompts() -> list[str]:
-    """The prompts that ship with the package."""
-    text = data_text("prompts.txt")
-    return [line for line in text.splitlines() if line.strip()]
-
-
-def plan(request: Request, folder: Path) -> Plan:
-    """Check a request without loading a model.
-
-    Raises:
-        StudyError, RecipeError, TaskError, TextError, LoadError: what cannot work, and what to do.
-    """
-    recipes = {str(Recipe.parse(text)): Recipe.parse(text) for text in request.recipes}
-    if len(recipes) < len(request.recipes):
-        raise StudyError("the same recipe is given twice")
-    _check_numbers(request)
-    for source in (request.model, *request.candidates):
-        exists(source)
-    tasks = tuple(_tasks(request))
-    prompts = tuple(_prompts(request))
-    calibration = read_calibration(request.calibration)
-    _check_folder(request, folder)
-    return Plan(request, folder, recipes, tasks, prompts, calibration)
-
-
-def _check_numbers(request: Request) -> None:
-    if not request.names():
-        raise StudyError(
-            "nothing to compare with: give at least one --recipe, as --recipe mlp-drop@3"
-        )
-    _check_causes(request)
-    for name, value in (("--limit", request.limit), ("--steps", request.steps)):
-        if value is not None and value < 1:
-            raise StudyError(f"{name} is {value}; it must be at least 1")
-    if not request.temperature > 0:
-        raise StudyError(f"--temperature is {request.temperature}; it must be above 0")
-    if request.dtype not in DTYPES:
-        raise StudyError(f"--dtype {request.dtype!r} is not one of {', '.join(DTYPES)}")
-    if request.lens not in ("norm", "raw"):
-        raise StudyError(f"--lens {request.lens!r} is not one of norm, raw")
-    try:
-        torch.empty(0, device=request.device)
-    except (RuntimeError, AssertionError) as error:
-        raise StudyError(
-            f"--device {request.device!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-
-
-def _check_causes(request: Request) -> None:
-    for name, value in (("--causes", request.causes), ("--repair", request.repair)):
-        if value < 0:
-            raise StudyError(f"{name} is {value}; it must be 0 (not done) or more")
-    if request.repair and not request.causes:
-        raise StudyError(
-            "--repair gives back what --causes blames, and that is 0; leave it above 0"
-        )
-
-
-def _tasks(request: Request) -> list[Task]:
-    data = Path(request.data) if request.data else None
-    if data is not None and not data.is_dir():
-        raise StudyError(f"--data {data}: no such folder")
-    names = list(request.tasks) or list(TWINS)
-    return [t.limited(request.limit, request.seed) for t in load_tasks(names, data)]
-
-
-def _prompts(request: Request) -> list[str]:
-    if request.prompts is None:
-        return default_prompts()
-    return read_texts(request.prompts, "--prompts")
-
-
-def read_calibration(source: str | None) -> tuple[str, ...] | None:
-    """The texts to calibrate on (see `read_texts`); None for those that ship with us.
-
-    Raises:
-        TextError: they cannot be read.
-    """
-    return None if source is None else tuple(read_texts(source, "--calibration"))
-
-
-def _check_folder(request: Request, folder: Path) -> None:
-    file = folder / "study.json"
-    if file.is_file():
-        there = json.loads(file.read_text("utf-8"))
-        mine = json.loads(json.dumps(asdict(request)))
-        keys = {k for k in {*there, *mine} if there.get(k) != mine.get(k)} - {
-            "recipes",
-            "candidates",
-        }
-        if keys:
-            parts = [f"{k} {there.get(k)!r} there, {mine.get(k)!r} asked" for k in sorted(keys)]
-            raise StudyError(
-                f"--out {folder} holds another study ({'; '.join(parts)}); name another folder, or ask "
-                "for the same to resume it"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise StudyError(
-            f"--out {folder} exists and holds something else; name a new or empty folder"
-        )
-
-
-# --- running -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ import torch
 from prunescope.analysis import causes, schema
 from prunescope.probes import compress
 from prunescope.probes.anatomy import SUBLAYERS, first
+from prunescope.probes.load import load
 from prunescope.probes.measure import MeasureError
 from prunescope.probes.patch import changes, patch
 from prunescope.probes.recipe import Recipe
+from prunescope.probes.save import save
 from prunescope.probes.score import split
 
 PROMPTS = ["The cat sat on the", "What is the capital of France? Answer:", "The dog ran"]
@@ -183,6 +185,19 @@ def test_planted_damage_is_found_among_rounded_sublayers(seed):
     assert (worst.layer, worst.site) == (layer, site)
     alone = corrupted(dense, layer, site, seed)
     assert np.argwhere(changes(dense, alone)).tolist() == [[layer, SUBLAYERS.index(site)]]
+
+
+def test_deleted_layers_keep_their_numbers(llama, tmp_path):
+    """A candidate without a whole layer, saved and loaded, is patched at its original places."""
+    candidate = compress(llama, Recipe.parse("block-drop@layers=1"))
+    back = load(save(candidate, tmp_path / "candidate"))
+    assert np.argwhere(changes(llama, back)).tolist() == [[1, 0], [1, 1]]
+    cells = [
+        patch(llama, model, prompts=PROMPTS, answers=ANSWERS)["patches"]
+        for model in (candidate, back)
+    ]
+    for name in ("kl", "depth_kl", "swap_kl", "swap_log_p"):
+        np.testing.assert_allclose(cells[0][name], cells[1][name], rtol=1e-4, atol=1e-7)
 
 
 def test_cells_with_patches_are_written_and_read(llama, tmp_path):

@@ -26,7 +26,8 @@ from prunescope.probes.speed import speed
 from prunescope.probes.tasks import TWINS
 from prunescope.reports import render
 from prunescope.reports.progress import Progress
-from prunescope.reports.study import Request, cells, default_prompts, plan, run
+from prunescope.reports.request import Request, default_prompts, plan
+from prunescope.reports.study import cells, run
 from rich.console import Console
 
 pytestmark = pytest.mark.smollm2
