@@ -29,10 +29,11 @@ ANSWER = 4  # tokens at the end of each text that are asked about
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="two prompts, one round")
+    parser.add_argument("--prompts", type=int, default=16, help="of 64 tokens each (default 16)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of both sides (default 3)")
     parser.add_argument("--threads", default="1,2", help="numbers of threads (default 1,2)")
     options = parser.parse_args()
-    count, rounds = (2, 1) if options.small else (16, options.rounds)
+    count, rounds = (2, 1) if options.small else (options.prompts, options.rounds)
     dense = load("smollm2")
     candidate = compress(dense, Recipe.parse("rtn@int4-g64"))
     rows = [
