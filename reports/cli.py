@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -303,6 +304,11 @@ def _usage_errors() -> tuple[type[Exception], ...]:
 def main() -> None:
     """Entry point: usage errors end with status 2, failures with 1, an interrupt with 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for library in (
+        "torchao",
+        "torch.utils._pytree",
+    ):  # notes on missing GPU code, where it is there
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except KeyboardInterrupt:
