@@ -56,7 +56,9 @@ def test_diagnose_writes_what_the_readme_says(study):
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["cells"]) == ["mlp-drop@1", "rtn@int4-g16"]
     with xr.open_datatree(out / "cells" / "mlp-drop@1.nc") as cell:
-        assert {"shifts", "output", "scores", "steps", "temperatures", "cost"} == set(cell.children)
+        assert set(cell.children) == {
+            "shifts", "output", "scores", "steps", "temperatures", "patches", "memory", "cost",
+        }  # fmt: skip
         versions = json.loads(cell.attrs["versions"])
         assert versions["torch"]
         assert cell.attrs["schema"] == "1"
@@ -165,6 +167,28 @@ def test_compress_saves_and_compare_reads_it(tiny_folder, tmp_path):
             "must be above 0",
         ),
         (("diagnose", "MODEL", "-r", "rtn@int8", "--limit", "0", "--out", "OUT"), "at least 1"),
+        (("diagnose", "MODEL", "-r", "rtn@int8", "--causes", "-1", "--out", "OUT"), "0 (not done)"),
+        (
+            (
+                "diagnose",
+                "MODEL",
+                "-r",
+                "rtn@int8",
+                "--causes",
+                "0",
+                "--repair",
+                "2",
+                "--out",
+                "OUT",
+            ),
+            "--repair gives back what --causes blames",
+        ),
+        (
+            ("diagnose", "MODEL", "-r", "rtn@int8", "--calibration", "nowhere.txt", "--out", "OUT"),
+            "no name of a dataset",
+        ),
+        (("diagnose", "MODEL", "-r", "bitsandbytes@fp4", "--out", "OUT"), "not nf4 or int8"),
+        (("diagnose", "MODEL", "-r", "torchao@int4", "--out", "OUT"), "which 64 does not divide"),
         (
             ("diagnose", "MODEL", "-r", "rtn@int8", "--dtype", "int3", "--out", "OUT"),
             "not one of float32",
