@@ -10,7 +10,7 @@ DEMO   := runs/demo
 
 demo: $(VENV)/.installed  ## compress SmolLM2 four ways, explain what broke, write runs/demo/report.html
 	$(BIN)/prunescope diagnose smollm2 --recipe attn-drop@5 --recipe mlp-drop@3 \
-	    --recipe magnitude@0.3 --recipe rtn@int4-g64 --limit 40 --out $(DEMO)
+	    --recipe magnitude@0.3 --recipe rtn@int4-g64 --limit 40 --causes 8 --out $(DEMO)
 
 test: $(VENV)/.tested  ## ruff, strict types, pytest
 	$(BIN)/ruff check .

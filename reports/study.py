@@ -39,7 +39,7 @@ from .progress import Progress
 from .request import Plan, Request, StudyError
 
 DECODED = 16  # prompts that both models go on from
-REMEMBERED = 8  # of them, those on which memories are exchanged
+REMEMBERED = 4  # of them, those on which memories are exchanged
 PEAK_UNIT = 1024  # ru_maxrss counts KiB on Linux
 
 
