@@ -55,7 +55,7 @@ def _depth(name: str, patches: xr.Dataset, figure: str) -> Finding:
     claim = (
         f"{_percent(run.share)} of the {causes.FIGURES[figure]} under {name} is caused in {where} of "
         f"{patches.sizes['layer']}: by so much more is recovered by the dense stream written in behind than in front of "
-        f"{them}. No shorter run of layers causes half."
+        f"{them}. No shorter run of layers causes half; chosen on the same prompts, it may look worse than it is."
     )
     detail = {"first": run.first, "last": run.last, "figure": figure}
     return claimed(
