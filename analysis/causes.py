@@ -80,35 +80,36 @@ def _share(patches: xr.Dataset, figure: str, part: np.ndarray, recovered: bool) 
     return bootstrap(ratio, len(own))
 
 
+def _swapped(patches: xr.Dataset, figure: str) -> dict[str, np.ndarray]:
+    """Damage alone (`noise`), damage left (`denoise`), and the mean of what both blame (`both`).
+
+    `(prompt, layer, site)` each.
+    """
+    values, own = damage(patches, figure, "swap_"), damage(patches, figure)
+    found = {str(name): values[..., i] for i, name in enumerate(patches.swap.values)}
+    return found | {"both": (found["noise"] + own[:, None, None] - found["denoise"]) / 2}
+
+
 def ranking(patches: xr.Dataset, figure: str) -> list[Cause]:
     """The changed sublayers, those that cause most first."""
-    swaps = damage(patches, figure, "swap_")
-    own = damage(patches, figure)
-    names = [str(s) for s in patches.swap.values]
-    found: list[Cause] = []
-    for layer, site in np.argwhere(patches.changed.values != 0):
-        noise, denoise = (swaps[:, layer, site, names.index(n)] for n in ("noise", "denoise"))
-        found.append(
-            Cause(
-                int(patches.layer.values[layer]), str(patches.site.values[site]),
-                _share(patches, figure, noise, recovered=False),
-                _share(patches, figure, denoise, recovered=True),
-                _share(patches, figure, (noise + own - denoise) / 2, recovered=False),
-            )
-        )  # fmt: skip
+    swapped = _swapped(patches, figure)
+    found = [
+        Cause(
+            int(patches.layer.values[layer]), str(patches.site.values[site]),
+            _share(patches, figure, swapped["noise"][:, layer, site], recovered=False),
+            _share(patches, figure, swapped["denoise"][:, layer, site], recovered=True),
+            _share(patches, figure, swapped["both"][:, layer, site], recovered=False),
+        )
+        for layer, site in np.argwhere(patches.changed.values != 0)
+    ]  # fmt: skip
     return sorted(found, key=lambda cause: -cause.share.value)
 
 
 def ahead(patches: xr.Dataset, figure: str, one: Cause, two: Cause) -> Interval:
     """By how much one sublayer's share exceeds another's, paired over prompts."""
-    swaps, own = damage(patches, figure, "swap_"), damage(patches, figure)
-    names = [str(s) for s in patches.swap.values]
+    both = _swapped(patches, figure)["both"]
     sites, layers = patches.site.values.tolist(), patches.layer.values.tolist()
-    parts = [
-        (swaps[:, layers.index(c.layer), sites.index(c.site), names.index("noise")] + own
-         - swaps[:, layers.index(c.layer), sites.index(c.site), names.index("denoise")]) / 2
-        for c in (one, two)
-    ]  # fmt: skip
+    parts = [both[:, layers.index(c.layer), sites.index(c.site)] for c in (one, two)]
     return _share(patches, figure, parts[0] - parts[1], recovered=False)
 
 
@@ -150,8 +151,7 @@ def interaction(patches: xr.Dataset, figure: str) -> Interval:
 
     Below it, only the combination does the rest; above it, sublayers do the same damage twice.
     """
-    swaps = damage(patches, figure, "swap_")
-    noise = swaps[..., [str(s) for s in patches.swap.values].index("noise")]
+    noise = _swapped(patches, figure)["noise"]
     return _share(patches, figure, noise.reshape(len(noise), -1).sum(-1), recovered=False)
 
 
