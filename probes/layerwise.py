@@ -48,22 +48,40 @@ class Layer:
         self._call, self._states = call, states
 
     def watch(self, hooks: dict[nn.Module, Callable[[Tensor], None]]) -> None:
-        """One pass, handing what each module reads to its hook, `(token, feature)`."""
+        """One pass, handing what each module reads to its hook, `(token, feature)`.
+
+        From the second sequence on it ends where the last of the modules has read.
+        """
+        order: list[nn.Module] = []
+        last: list[nn.Module] = []
         with contextlib.ExitStack() as stack:
             for module, hook in hooks.items():
-                handle = module.register_forward_pre_hook(_reader(hook))
+                handle = module.register_forward_pre_hook(_reader(hook, order, last))
                 stack.callback(handle.remove)
-            for hidden in self._states:
-                self._call(hidden)
+            for index, hidden in enumerate(self._states):
+                with contextlib.suppress(_Read):
+                    self._call(hidden)
+                if index == 0 and len(order) == len(set(order)) == len(hooks):
+                    last.append(order[-1])
 
     def advance(self) -> None:
         """Replace every state by what comes out of the layer as it is now."""
         self._states.replace(self._call)
 
 
-def _reader(hook: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+class _Read(Exception):
+    """All that was to be read of this sequence has been read."""
+
+
+def _reader(
+    hook: Callable[[Tensor], None], order: list[nn.Module], last: list[nn.Module]
+) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
         hook(args[0].detach().flatten(0, -2))
+        if module in last:
+            raise _Read
+        if not last:
+            order.append(module)
 
     return read
 
