@@ -138,6 +138,44 @@ def discrepancy(scores: xr.Dataset) -> Discrepancy | None:
     return Discrepancy(choice, generation, bootstrap(difference, n, strata=strata), tuple(tasks), n)
 
 
+def kinds_apart(scores: xr.Dataset) -> Discrepancy | None:
+    """Retention of multiple choice minus that of written answers over tasks that are no twins.
+
+    Different items, so each format is resampled within its own tasks; None where one of the two has
+    no task on which the dense model is above chance.
+    """
+    plain = scores.isel(item=scores.twin.values == "")
+    halves = [plain.isel(item=plain.format.values == f) for f in ("choice", "generation")]
+    names = [
+        [t for t in dict.fromkeys(h.task.values.tolist()) if _both_informative([h], t)]
+        for h in halves
+    ]
+    if not all(names):
+        return None
+    parts = [_gains(h, tasks) for h, tasks in zip(halves, names, strict=True)]
+    sizes = [len(part[0]) for part in parts]
+    strata = np.concatenate(
+        [
+            h.task.values[np.isin(h.task.values, t)] + f" {k}"
+            for k, (h, t) in enumerate(zip(halves, names, strict=True))
+        ]
+    )
+    number = [np.concatenate(both) for both in zip(*parts, strict=True)]
+    written = np.arange(sum(sizes)) >= sizes[0]
+
+    def each(pick: np.ndarray, half: bool) -> np.ndarray:
+        mine = written[pick] == half
+        return (number[0][pick] * mine).sum(-1) / np.maximum((number[1][pick] * mine).sum(-1), 1e-9)
+
+    choice, generation = (
+        bootstrap(lambda pick, h=h: each(pick, h), sum(sizes), strata=strata) for h in (False, True)
+    )
+    gap = bootstrap(lambda pick: each(pick, False) - each(pick, True), sum(sizes), strata=strata)
+    return Discrepancy(
+        choice, generation, gap, tuple(dict.fromkeys(names[0] + names[1])), sum(sizes)
+    )
+
+
 def _both_informative(halves: Sequence[xr.Dataset], task: str) -> bool:
     for half in halves:
         part = half.isel(item=half.task.values == task)

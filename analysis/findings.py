@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
-from . import cause_findings, collapse, decoding_findings, hierarchy, theory
+from . import cause_findings, collapse, decoding_findings, hierarchy, task_findings, theory
 from .finding import Finding, claimed, group
 from .statistics import Interval, bootstrap
 
@@ -25,7 +25,8 @@ def diagnose(cells: Mapping[str, xr.DataTree] | xr.DataTree) -> list[Finding]:
     named = {_name(cells): cells} if isinstance(cells, xr.DataTree) else dict(cells)
     found: list[Finding] = []
     for name, cell in named.items():
-        found += _scores(name, cell) + _output(name, cell) + _spaces(name, cell)
+        found += _scores(name, cell) + task_findings.tell(name, cell)
+        found += _output(name, cell) + _spaces(name, cell)
         found += (
             _layers(name, cell) + _theory(name, cell) + _failures(name, cell) + _cost(name, cell)
         )
@@ -94,7 +95,7 @@ def _advice(gap: collapse.Discrepancy) -> str:
 def _nothing_informative(name: str, scores: xr.Dataset) -> Finding:
     claim = (
         f"Nothing can be said of what {name} does to task scores: the dense model is above chance in "
-        "both formats on none of these twins, or none was asked."
+        "both formats on no twin, or none was asked; what follows are single tasks."
     )
     return Finding(claim, float("nan"), None, scores.sizes["item"], name, "/scores", "verdict")
 
@@ -103,7 +104,7 @@ def _retention(name: str, row: collapse.Retention) -> Finding:
     if row.verdict == "uninformative":
         claim = (
             f"{row.task} ({row.format}) says nothing: the dense model scores {row.dense:.2f}, not above "
-            f"chance ({max(row.chance, collapse.FLOOR if row.format == 'generation' else 0):.2f})."
+            f"chance ({max(row.chance, collapse.FLOOR if row.format != 'choice' else 0):.2f})."
         )
     else:
         claim = (

@@ -95,9 +95,35 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         "repetition": Variable(
             ("item", "model"), "1", "share of 4-grams of tokens that are repeats"
         ),
+        "f1": Variable(("item", "model"), "1", "word overlap with the nearest accepted answer"),
+        "log_p": Variable(("item", "model"), "nat", "log-likelihood of the right answer"),
         "text": Variable(
             ("item", "model"), "", "what the model wrote, or the option it chose", kind="U"
         ),
+    },
+    "subspace": {
+        "cosine": Variable(("item", "subset", "subspace"), "1", "cosine of z and of p"),
+        "kl": Variable(("item", "subset"), "nat", "KL(p || p') over the subset, renormalised"),
+        "mass": Variable(("item", "model"), "1", "probability that falls on the options"),
+        "margin": Variable(("item",), "nat", "largest minus second largest dense option logit"),
+        "gain": Variable(
+            ("item",), "nat", "most that an option gains on the dense choice, dz_c - dz_top"
+        ),
+        "agree": Variable(("item",), "1", "1 where both choose the same option"),
+        "stable": Variable(("item",), "1", "1 where gain < margin: the choice cannot change"),
+    },
+    "perplexity": {
+        "kl": Variable(("token",), "nat", "KL(p || p') where the token is predicted"),
+        "log_p": Variable(("token", "model"), "nat", "log-probability of the token"),
+        "flip": Variable(("token",), "1", "1 where the most likely token differs"),
+    },
+    "retrieval": {
+        "ndcg": Variable(("query", "model"), "1", "nDCG@10"),
+        "recall": Variable(("query", "model"), "1", "recall@10"),
+    },
+    "similarity": {
+        "cosine": Variable(("pair", "model"), "1", "cosine of the two sentences' vectors"),
+        "gold": Variable(("pair",), "1", "similarity as people judged it"),
     },
     "steps": {
         **_histories(),
@@ -162,6 +188,7 @@ SITES = ("attn", "mlp")
 EFFECTS = ("local", "propagated")
 HISTORIES = ("step", "forced", "free", "swapped")
 MODELS = ("dense", "candidate")
+SUBSETS = ("options", "top", "whole")
 SPANS = ("all", "last")  # dense states at all positions, or only where the answer is predicted
 SWAPS = ("denoise", "noise")  # a dense sublayer in the candidate, and the other way round
 PARTS = ("parallel", "orthogonal", "common", "rest", "top", "tail")

@@ -2,6 +2,7 @@
 
 from .compress import compress
 from .decode import decode
+from .items import Item, Task
 from .kernels import Readout, compare_logits, compare_states
 from .load import load
 from .measure import measure
@@ -12,7 +13,8 @@ from .recipe import Recipe
 from .repair import repair, restored
 from .save import save
 from .score import generate, score
-from .tasks import Item, Task, load_tasks, twin
+from .tasks import load_tasks
+from .twins import twin
 
 __all__ = [
     "Item",

@@ -28,11 +28,11 @@ from transformers.masking_utils import create_masks_for_generate
 from ..analysis import schema
 from . import trace
 from .anatomy import dropped
+from .items import SEED
 from .kernels import Figures, Readout, compare_at
 from .measure import MeasureError, angles, check_pair, check_prompts
 from .model import Model
 from .reduction import worth_fusing
-from .tasks import SEED
 from .writing import Draw, Rows, Written, at_steps, batches, layout, read_batch, write_batch
 
 STEPS = 64

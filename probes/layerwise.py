@@ -59,7 +59,7 @@ class Layer:
                 handle = module.register_forward_pre_hook(_reader(hook, order, last))
                 stack.callback(handle.remove)
             for index, hidden in enumerate(self._states):
-                with contextlib.suppress(_Read):
+                with contextlib.suppress(_ReadError):
                     self._call(hidden)
                 if index == 0 and len(order) == len(set(order)) == len(hooks):
                     last.append(order[-1])
@@ -69,7 +69,7 @@ class Layer:
         self._states.replace(self._call)
 
 
-class _Read(Exception):
+class _ReadError(Exception):
     """All that was to be read of this sequence has been read."""
 
 
@@ -79,7 +79,7 @@ def _reader(
     def read(module: nn.Module, args: tuple[Any, ...]) -> None:
         hook(args[0].detach().flatten(0, -2))
         if module in last:
-            raise _Read
+            raise _ReadError
         if not last:
             order.append(module)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 DAMPING = 0.01  # of the mean diagonal of the Hessian, as in the references
 COLUMNS = 128  # columns whose error is handed on together
 AWQ_STEPS = 20
+PARTS = 4  # that a sum of products is made in; of the mirrored parts one is
 FEW = 16  # places, up to which a group is ranked by comparing every two
 
 
@@ -42,7 +43,22 @@ class Moments:
         self.squares += (x * x).sum(0)
         self.sizes += x.abs().sum(0)
         if self.products is not None:
-            self.products.addmm_(x.T, x)
+            for rows in _slices(len(self.products)):
+                for columns in _slices(len(self.products)):
+                    if columns.start >= rows.start:  # the rest is its mirror image
+                        self.products[rows, columns].addmm_(x[:, rows].T, x[:, columns])
+
+    def hessian(self) -> Tensor:
+        """Σ x xᵀ, whole."""
+        assert self.products is not None
+        upper = self.products.triu()
+        return upper + upper.triu(1).T
+
+
+def _slices(width: int) -> list[slice]:
+    """A few equal parts of the features."""
+    step = -(-width // PARTS)
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 @dataclass(frozen=True)
@@ -139,9 +155,8 @@ def gptq(matrix: Tensor, moments: Moments, bits: int, group: int) -> Tensor:
 
 def _compensate(matrix: Tensor, moments: Moments, settle: Settle, every: int) -> Tensor:
     """The update of optimal brain surgery, columns in order; `settle` is asked every so many."""
-    assert moments.products is not None
     weights = matrix.float().clone()
-    inverse, dead = _inverse(moments.products / max(1, moments.tokens))
+    inverse, dead = _inverse(moments.hessian() / max(1, moments.tokens))
     weights[:, dead] = 0
     step = max(every, COLUMNS // every * every)
     for start in range(0, weights.shape[1], step):
@@ -206,7 +221,7 @@ def awq(matrices: list[Tensor], moments: Moments, bits: int, group: int) -> list
     calibration tokens; the error is taken from x xᵀ, so no activation is kept. Weights are not
     clipped.
     """
-    assert moments.products is not None
+    products = moments.hessian()
     size = (moments.sizes / max(1, moments.tokens)).clamp(min=1e-4)
     best: tuple[float, list[Tensor]] = (float("inf"), matrices)
     for step in range(AWQ_STEPS):
@@ -216,7 +231,7 @@ def awq(matrices: list[Tensor], moments: Moments, bits: int, group: int) -> list
             (round_to_nearest(m.float() * scale, bits, group) / scale).to(m.dtype) for m in matrices
         ]
         error = sum(
-            float(((r.float() - m.float()) @ moments.products * (r.float() - m.float())).sum())
+            float(((r.float() - m.float()) @ products * (r.float() - m.float())).sum())
             for r, m in zip(rounded, matrices, strict=True)
         )
         if error < best[0]:

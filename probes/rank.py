@@ -19,7 +19,7 @@ from .anatomy import contribution
 from .kernels import compare_many
 from .layerwise import layer_calls, sequences
 from .model import Model, encode
-from .tasks import data_text
+from .twins import data_text
 
 TOKENS = 128  # per text, at most
 BATCH = 8

@@ -18,10 +18,10 @@ import xarray as xr
 
 from ..analysis import schema
 from .anatomy import SUBLAYERS
+from .items import SEED, Task
 from .model import Model
 from .recipe import Layers, Place, Recipe, Step
 from .score import answers
-from .tasks import SEED, Task
 
 
 def restored(dense: Model, candidate: Model, places: Sequence[Place]) -> Model:

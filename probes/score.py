@@ -1,15 +1,15 @@
 """Scoring: what a model chooses, and what it writes, item by item.
 
 A choice is the option with the largest log-likelihood after the prompt. What all prompts of a task
-begin with is run once and its key-value cache shared. Free text is greedy and ends at the first
-line break; a row that has ended costs nothing more once all rows have.
+begin with is run once and its key-value cache shared; so is what the options of one item follow.
+Free text is greedy and ends where its task says; a row that has ended costs nothing more once all
+rows have.
 """
 
 from __future__ import annotations
 
 import copy
-import re
-import unicodedata
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +20,15 @@ import xarray as xr
 from torch import Tensor
 
 from ..analysis import schema
+from . import grading, sandbox
+from .items import WRITTEN, Item, Task
 from .kernels import log_p
 from .model import Model, pad
-from .tasks import Item, Task
 
 BATCH_TOKENS = 2048
 BATCH_ROWS = 32
 LOGIT_ROWS = 512
+STEM = 8  # tokens that the options of an item must share for a cache of their own to pay
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class Answer:
     no_answer: bool = False
     no_stop: bool = False
     repetition: float = 0.0
+    f1: float = float("nan")
+    log_p: float = float("nan")
 
 
 def answer(
     model: Model, task: Task, *, progress: Callable[[float], None] = lambda _: None
 ) -> list[Answer]:
     """One model's answers to all items of a task, in their order."""
-    return (_choose if task.format == "choice" else _write)(model, task, progress)
+    return _ASKED[task.format](model, task, progress)
 
 
 def answers(
@@ -88,7 +92,7 @@ def pair(
     both = [[a for answers in side for a in answers] for side in (dense, candidate)]
     numbers = {
         name: np.array([[float(getattr(a, name)) for a in side] for side in both], np.float32).T
-        for name in ("score", "no_answer", "no_stop", "repetition")
+        for name in ("score", "no_answer", "no_stop", "repetition", "f1", "log_p")
     }
     text = np.array([[a.text for a in side] for side in both], dtype=object).T
     chance = {t.name + t.format: t.chance for t in tasks}
@@ -99,6 +103,7 @@ def pair(
         "task": ("item", [t.name for t, _ in rows]),
         "format": ("item", [t.format for t, _ in rows]),
         "twin": ("item", [t.twin or "" for t, _ in rows]),
+        "kind": ("item", [t.kind for t, _ in rows]),
         "chance": ("item", [_chance(t, item, chance) for t, item in rows]),
         "prompt_text": ("item", [item.prompt for _, item in rows]),
         "accepted": ("item", [" | ".join(item.accepted) for _, item in rows]),
@@ -116,18 +121,31 @@ def _chance(task: Task, item: Item, chance: dict[str, float]) -> float:
 def _choose(model: Model, task: Task, progress: Callable[[float], None]) -> list[Answer]:
     rows: list[tuple[list[int], int]] = []  # token ids, and where the option begins
     for item in task.items:
-        rows += [split(model, item.prompt, choice) for choice in item.choices]
-    sums = likelihoods(model, rows, progress)
-    answers: list[Answer] = []
-    start = 0
-    for item in task.items:
-        values = sums[start : start + len(item.choices)]
-        start += len(item.choices)
-        if task.normalise:
-            values = values / np.array([max(1, len(c.strip())) for c in item.choices])
-        best = int(values.argmax())
-        answers.append(Answer(float(best == item.answer), item.choices[best].strip()))
-    return answers
+        rows += [split(model, item.before(i), choice) for i, choice in enumerate(item.choices)]
+    sizes = [len(item.choices) for item in task.items]
+    sums = iter(likelihoods(model, rows, progress, sizes))
+    return [
+        _chosen(item, np.array(list(itertools.islice(sums, size))), task.normalise)
+        for item, size in zip(task.items, sizes, strict=True)
+    ]
+
+
+def _chosen(item: Item, values: np.ndarray, normalise: bool) -> Answer:
+    lengths = np.array([max(1, len(c.strip())) for c in item.choices])
+    best = int((values / lengths if normalise else values).argmax())
+    return Answer(
+        float(best == item.answer), item.choices[best].strip(), log_p=float(values[item.answer])
+    )
+
+
+def _last_word(model: Model, task: Task, progress: Callable[[float], None]) -> list[Answer]:
+    """Right where every token of the word is the likeliest after those before it."""
+    rows = [split(model, item.prompt, item.choices[0]) for item in task.items]
+    sums, greedy, tokens = _targets(model, rows, progress, [1] * len(rows))
+    return [
+        Answer(float(hit), model.tokenizer.decode(first).strip(), log_p=float(value))
+        for value, hit, first in zip(sums, greedy, tokens, strict=True)
+    ]
 
 
 def split(model: Model, prompt: str, choice: str) -> tuple[list[int], int]:
@@ -148,20 +166,89 @@ def likelihoods(
     model: Model,
     rows: Sequence[tuple[list[int], int]],
     progress: Callable[[float], None] = lambda _: None,
+    sizes: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """log P(ids[start:] | ids[:start]) of each row, nat, float64 `(row,)`."""
+    """log P(ids[start:] | ids[:start]) of each row, nat, float64 `(row,)`.
+
+    `sizes`: how many rows after each other belong to one item, whose beginning is run once.
+    """
+    return _targets(model, rows, progress, sizes or [1] * len(rows))[0]
+
+
+Targets = tuple[np.ndarray, np.ndarray, list[list[int]]]
+"""Of each row: log-likelihood, whether it is what greedy decoding writes, its likeliest tokens."""
+
+
+def _targets(
+    model: Model,
+    rows: Sequence[tuple[list[int], int]],
+    progress: Callable[[float], None],
+    sizes: Sequence[int],
+) -> Targets:
     shared = _common_prefix(rows)
-    cache = _run_prefix(model, rows[0][0][:shared])
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    result = np.zeros(len(rows))
-    done = 0
-    for batch in _batches(order, [len(ids) - shared for ids, _ in rows]):
-        tails = [rows[i][0][shared:] for i in batch]
-        hidden = _hidden(model, tails, cache, shared)
-        result[batch] = _target_sums(model, hidden, tails, [rows[i][1] - shared for i in batch])
-        done += len(batch)
-        progress(done / len(rows))
-    return result
+    cache = _run(model, [rows[0][0][:shared]], None, 0)
+    groups = _groups(model, rows, sizes, shared)
+    sums, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
+    likeliest: list[list[int]] = [[] for _ in rows]
+    for batch in _batches(groups):
+        members = [i for group in batch for i in group.rows]
+        # the last token of a row predicts nothing that is asked
+        tails = [rows[i][0][g.stem : -1] for g in batch for i in g.rows]
+        hidden = _hidden(model, rows, batch, tails, cache, shared)
+        starts = [rows[i][1] - g.stem for g in batch for i in g.rows]
+        ends = [rows[i][0][rows[i][1] :] for i in members]
+        found = _target_sums(model, hidden, starts, ends)
+        sums[members], greedy[members] = found[:2]
+        for i, tokens in zip(members, found[2], strict=True):
+            likeliest[i] = tokens
+        progress(sum(sums != 0) / len(rows))
+    return sums, greedy, likeliest
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The rows of one item; their first `stem` tokens are the same."""
+
+    rows: tuple[int, ...]
+    stem: int
+    tail: int  # tokens after the stem, of the longest row
+
+
+def _groups(
+    model: Model, rows: Sequence[tuple[list[int], int]], sizes: Sequence[int], shared: int
+) -> list[_Group]:
+    """Items, longest first; a stem that does not pay, or would move a window, is the shared one."""
+    window = getattr(model.module.config, "sliding_window", None)
+    result: list[_Group] = []
+    start = 0
+    for size in sizes:
+        members = tuple(range(start, start + size))
+        start += size
+        longest = max(len(rows[i][0]) for i in members)
+        stem = _common_prefix([rows[i] for i in members])
+        if size == 1 or stem - shared < STEM or (window and longest > window):
+            stem = shared
+        result.append(_Group(members, stem, longest - stem))
+    return sorted(result, key=lambda g: (-g.stem, -g.tail))
+
+
+def _batches(groups: Sequence[_Group]) -> list[list[_Group]]:
+    """Items in batches of at most BATCH_TOKENS tokens; all of a batch have a stem, or none has."""
+    batches: list[list[_Group]] = []
+    width = count = 0
+    for group in groups:
+        width = max(width, group.tail)
+        count += len(group.rows)
+        if not batches or count * width > BATCH_TOKENS or _differ(batches[-1][0], group):
+            batches.append([])
+            width, count = group.tail, len(group.rows)
+        batches[-1].append(group)
+    return batches
+
+
+def _differ(first: _Group, other: _Group) -> bool:
+    """Whether padding the stem of one to the other's would waste more than a quarter of it."""
+    return first.stem != other.stem and other.stem < 0.75 * first.stem
 
 
 def _common_prefix(rows: Sequence[tuple[list[int], int]]) -> int:
@@ -174,56 +261,88 @@ def _common_prefix(rows: Sequence[tuple[list[int], int]]) -> int:
     return length
 
 
-def _run_prefix(model: Model, prefix: list[int]) -> Any:
-    if not prefix:
-        return None
-    ids = torch.tensor([prefix], device=model.device)
+@dataclass(frozen=True)
+class _Past:
+    """Keys and values of beginnings, `(row, position)`: `mask` is 1 where there is a token."""
+
+    cache: Any
+    mask: Tensor
+    lengths: Tensor
+
+
+def _run(model: Model, rows: list[list[int]], past: _Past | None, shared: int) -> _Past | None:
+    """The beginnings `rows[i][shared:]` behind what they all share; None where nothing is left."""
+    if not any(len(row) > shared for row in rows):
+        return past
+    batch = pad(model, [row[shared:] for row in rows], side="left")
+    before = None if past is None else _repeated(past, [0] * len(rows))
+    state, mask = _forward(model, batch, before)
+    lengths = batch["attention_mask"].new_tensor([len(row) for row in rows])
+    return _Past(state.past_key_values, mask, lengths)
+
+
+def _repeated(past: _Past, picks: list[int]) -> _Past:
+    """The rows `picks` of a past, in a cache of their own."""
+    index = torch.tensor(picks, device=past.mask.device)
+    cache = copy.deepcopy(past.cache)
+    cache.reorder_cache(index)
+    return _Past(cache, past.mask[index], past.lengths[index])
+
+
+def _forward(model: Model, batch: dict[str, Tensor], past: _Past | None) -> tuple[Any, Tensor]:
+    """States and cache of a batch that goes on from `past`, and the mask of all that was read."""
+    mask = batch["attention_mask"]
+    if past is not None:
+        batch = {**batch, "position_ids": batch["position_ids"] + past.lengths[:, None]}
+        mask = torch.cat([past.mask, mask], dim=-1)
+    cache = past.cache if past is not None else None
     with torch.no_grad():
-        return model.module.base_model(input_ids=ids, use_cache=True).past_key_values
+        state = model.module.base_model(
+            **{**batch, "attention_mask": mask}, past_key_values=cache, use_cache=True
+        )
+    return state, mask
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-    """Rows, longest first, in batches of at most BATCH_TOKENS tokens."""
-    batches: list[list[int]] = []
-    for i in order:
-        full = not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > BATCH_TOKENS
-        if full:
-            batches.append([])
-        batches[-1].append(i)
-    return batches
+def _hidden(
+    model: Model,
+    rows: Sequence[tuple[list[int], int]],
+    groups: list[_Group],
+    tails: list[list[int]],
+    past: _Past | None,
+    shared: int,
+) -> Tensor:
+    """States after the final norm for the tails, `(row, token, d_model)`."""
+    picks = [n for n, group in enumerate(groups) for _ in group.rows]
+    if any(g.stem > shared for g in groups):
+        past = _run(model, [rows[g.rows[0]][0][: g.stem] for g in groups], past, shared)
+    elif past is not None:
+        picks = [0] * len(tails)
+    before = None if past is None else _repeated(past, picks)
+    return _forward(model, pad(model, tails), before)[0].last_hidden_state
 
 
-def _hidden(model: Model, tails: list[list[int]], cache: Any, shared: int) -> Tensor:
-    """States after the final norm for the tails, `(row, token, d_model)`, reading a shared prefix."""
-    batch = pad(model, tails)
-    if cache is not None:
-        cache = copy.deepcopy(cache)
-        cache.batch_repeat_interleave(len(tails))
-        ones = batch["attention_mask"].new_ones((len(tails), shared))
-        batch["attention_mask"] = torch.cat([ones, batch["attention_mask"]], dim=-1)
-        batch["position_ids"] = batch["position_ids"] + shared
-    with torch.no_grad():
-        base = model.module.base_model
-        return base(**batch, past_key_values=cache, use_cache=cache is not None).last_hidden_state
-
-
-def _target_sums(
-    model: Model, hidden: Tensor, tails: list[list[int]], starts: list[int]
-) -> np.ndarray:
-    """Sum of the log-probabilities of each row's tokens from `start` on."""
-    where = [(i, t) for i, ids in enumerate(tails) for t in range(starts[i], len(ids))]
-    row = torch.tensor([i for i, _ in where])
-    states = hidden[row, torch.tensor([t - 1 for _, t in where])]
-    target = torch.tensor([tails[i][t] for i, t in where], device=hidden.device)
+def _target_sums(model: Model, hidden: Tensor, starts: list[int], ends: list[list[int]]) -> Targets:
+    """Of the tokens `ends` that stand from `starts` on, each predicted by the state before it."""
+    row = torch.tensor([i for i, tokens in enumerate(ends) for _ in tokens])
+    places = [
+        start - 1 + t for start, end in zip(starts, ends, strict=True) for t in range(len(end))
+    ]
+    states = hidden[row, torch.tensor(places)]
+    target = torch.tensor([t for tokens in ends for t in tokens], device=hidden.device)
     readout = model.readout("raw")
-    pieces: list[Tensor] = []
+    values, likeliest = list[Tensor](), list[Tensor]()
     for part, ids in zip(states.split(LOGIT_ROWS), target.split(LOGIT_ROWS), strict=True):
         logits = readout.logits(
             readout.states(part), part.new_empty((len(part), model.vocabulary), dtype=torch.float32)
         )
-        pieces.append(log_p(logits, ids))
-    values = torch.cat(pieces).cpu()
-    return torch.zeros(len(tails), dtype=torch.float64).index_add_(0, row, values).numpy()
+        values.append(log_p(logits, ids))
+        likeliest.append(logits.argmax(-1))
+    best = torch.cat(likeliest)
+    zeros = torch.zeros(len(ends), dtype=torch.float64)
+    sums = zeros.clone().index_add_(0, row, torch.cat(values).double().cpu())
+    missed = zeros.index_add_(0, row, (best != target).double().cpu())
+    tokens = [t.tolist() for t in best.cpu().split([len(end) for end in ends])]
+    return sums.numpy(), (missed == 0).numpy(), tokens
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -231,36 +350,29 @@ def _target_sums(
 
 def _write(model: Model, task: Task, progress: Callable[[float], None]) -> list[Answer]:
     prompts = [item.prompt for item in task.items]
-    written = generate(model, prompts, task.max_new_tokens, stop_at_line=True, progress=progress)
-    # A twin's answer may run on ("Paris, which ..."): its prompt does not say where to end.
-    return [
-        grade(text, item.accepted, tokens, stopped, exact=task.twin is None)
-        for item, (text, tokens, stopped) in zip(task.items, written, strict=True)
-    ]
+    written = generate(model, prompts, task.max_new_tokens, until=task.until, progress=progress)
+    return [judge(task, item, *w) for item, w in zip(task.items, written, strict=True)]
 
 
-def grade(
-    text: str, accepted: Sequence[str], tokens: Sequence[int], stopped: bool, *, exact: bool
-) -> Answer:
-    """Right where the normalised text is an accepted answer (or, not `exact`, begins with one)."""
-    found = normalise(text)
-    wanted = [normalise(a) for a in accepted]
-    right = any(found == w or (not exact and found.startswith(f"{w} ")) for w in wanted if w)
-    return Answer(float(right), text, not found, not stopped, repetition(tokens))
+def judge(task: Task, item: Item, text: str, tokens: Sequence[int], stopped: bool) -> Answer:
+    """What a written text is worth; code is run, in a sandbox."""
+    shown = text if task.grade == "code" else text.strip()
+    if task.grade == "code":
+        right = sandbox.passes(item.tests.replace(WRITTEN, text))
+    else:
+        right = grading.right(shown, item, task.grade)
+    return Answer(
+        float(right), shown, not grading.answered(shown, task.grade), not stopped,
+        grading.repetition(tokens),
+        f1=grading.f1(shown, item.accepted) if task.grade == "quad" else float("nan"),
+    )  # fmt: skip
 
 
-def normalise(text: str) -> str:
-    """Lower case, no accents, no punctuation, no articles, single spaces (as SQuAD's scorer)."""
-    plain = unicodedata.normalize("NFKD", text.lower())
-    plain = "".join(c for c in plain if not unicodedata.combining(c))
-    plain = re.sub(r"[^\w\s]", " ", plain)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
-
-
-def repetition(tokens: Sequence[int], n: int = 4) -> float:
-    """Share of n-grams that occurred before; 0 for a text too short to have two."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if len(grams) > 1 else 0.0
+_ASKED: dict[str, Callable[[Model, Task, Callable[[float], None]], list[Answer]]] = {
+    "choice": _choose,
+    "generation": _write,
+    "last word": _last_word,
+}
 
 
 def generate(
@@ -268,21 +380,24 @@ def generate(
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
-    stop_at_line: bool = False,
+    until: Sequence[str] = (),
     progress: Callable[[float], None] = lambda _: None,
 ) -> list[tuple[str, list[int], bool]]:
-    """Greedy continuations: text, token ids, and whether the text ended before the limit."""
+    """Greedy continuations: text, token ids, and whether the text ended before the limit.
+
+    A text ends before the first of `until` that it would hold.
+    """
     rows = [model.tokenizer(p)["input_ids"] for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     result: list[tuple[str, list[int], bool]] = [("", [], False)] * len(rows)
-    stops, done = [_LineEnd(model)] if stop_at_line else [], 0
+    stops, done = _stops(model, until), 0
     for batch in (order[i : i + BATCH_ROWS] for i in range(0, len(order), BATCH_ROWS)):
         for i, tokens in zip(
             batch,
-            extend(model, [rows[i] for i in batch], max_new_tokens, stops),
+            extend(model, [rows[i] for i in batch], max_new_tokens, [s() for s in stops]),
             strict=True,
         ):
-            result[i] = _ended(model, tokens, max_new_tokens, stop_at_line)
+            result[i] = _ended(model, tokens, max_new_tokens, until)
         done += len(batch)
         progress(done / len(rows))
     return result
@@ -317,6 +432,16 @@ def extend(
     return ids[:, batch["input_ids"].shape[1] :].tolist()
 
 
+def _stops(model: Model, until: Sequence[str]) -> list[Callable[[], Callable[..., Tensor]]]:
+    """Makers of stopping criteria, one for each batch."""
+    if not until:
+        return []
+    if tuple(until) == ("\n",):
+        line_end = _LineEnd(model)
+        return [lambda: line_end]
+    return [lambda: _Until(model, until)]
+
+
 class _LineEnd:
     """A row has ended once a token holds a line break."""
 
@@ -327,6 +452,23 @@ class _LineEnd:
         return torch.isin(ids[:, -1], self.breaks)
 
 
+class _Until:
+    """A row has ended once its text holds one of some strings; the prompt is not looked at."""
+
+    def __init__(self, model: Model, until: Sequence[str]) -> None:
+        self.tokenizer, self.until = model.tokenizer, until
+        self.longest = max(map(len, until)) + 4  # tokens that the last new string can lie in
+        self.start = -1
+
+    def __call__(self, ids: Tensor, _scores: Tensor, **_: Any) -> Tensor:
+        if self.start < 0:
+            self.start = ids.shape[1] - 1
+        tail = ids[:, max(self.start, ids.shape[1] - self.longest) :]
+        texts = self.tokenizer.batch_decode(tail)
+        ended = [any(stop in text for stop in self.until) for text in texts]
+        return torch.tensor(ended, device=ids.device)
+
+
 def line_breaks(model: Model) -> Tensor:
     """Ids of the tokens whose text holds a line break."""
     texts = model.tokenizer.batch_decode([[i] for i in range(len(model.tokenizer))])
@@ -334,16 +476,19 @@ def line_breaks(model: Model) -> Tensor:
 
 
 def _ended(
-    model: Model, tokens: list[int], limit: int, stop_at_line: bool
+    model: Model, tokens: list[int], limit: int, until: Sequence[str]
 ) -> tuple[str, list[int], bool]:
     """Cut what follows the end of one row."""
     tokenizer = model.tokenizer
     stopped = len(tokens) < limit
     if tokenizer.eos_token_id in tokens:
         tokens, stopped = tokens[: tokens.index(tokenizer.eos_token_id)], True
-    text = tokenizer.decode(tokens, skip_special_tokens=True)
-    if stop_at_line and "\n" in text:
-        head = text.split("\n", 1)[0]
-        kept = next(n for n in range(len(tokens) + 1) if "\n" in tokenizer.decode(tokens[: n + 1]))
-        return head.strip(), tokens[:kept], True
-    return text.strip() if stop_at_line else text, tokens, stopped
+    text = tokenizer.decode(tokens, skip_special_tokens=not until)
+    ends = [place for place in map(text.find, until) if place >= 0]
+    if ends:
+
+        def over(n: int) -> bool:
+            return any(stop in tokenizer.decode(tokens[: n + 1]) for stop in until)
+
+        return text[: min(ends)], tokens[: next(filter(over, range(len(tokens))))], True
+    return tokenizer.decode(tokens, skip_special_tokens=True), tokens, stopped

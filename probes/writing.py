@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from . import trace
+from .items import SEED
 from .model import Model, placed
 from .score import extend
-from .tasks import SEED
 
 BATCH_TOKENS = 2048
 Rows = list[list[int]]

@@ -63,6 +63,15 @@ RepairOption = Annotated[
         "--repair", help="Sublayers to give back, those blamed most, and see what is written again."
     ),
 ]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="Ask what is answered in writing through the chat template.")
+]
+CodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-execution", help="Run the programs that the models write, in a sandbox."
+    ),
+]
 SampledOption = Annotated[
     bool,
     typer.Option(
@@ -102,6 +111,8 @@ def diagnose(
     temperature: TemperatureOption = 1.0,
     causes: CausesOption = 16,
     repair: RepairOption = 0,
+    chat: ChatOption = False,
+    allow_code_execution: CodeOption = False,
     seed: SeedOption = 24652,
     lens: LensOption = "norm",
     dtype: DtypeOption = "float32",
@@ -112,7 +123,7 @@ def diagnose(
     options: dict[str, Any] = {
         "model": model, "recipes": tuple(str(Recipe.parse(r)) for r in recipe), "tasks": _names(tasks),
         "data": data, "prompts": prompts, "calibration": calibration, "limit": limit, "steps": steps, "sampled": sampled, "temperature": temperature,
-        "causes": causes, "repair": repair, "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+        "causes": causes, "repair": repair, "chat": chat, "allow_code_execution": allow_code_execution, "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     _study(options, out)
 
@@ -133,6 +144,8 @@ def compare(
     temperature: TemperatureOption = 1.0,
     causes: CausesOption = 16,
     repair: RepairOption = 0,
+    chat: ChatOption = False,
+    allow_code_execution: CodeOption = False,
     seed: SeedOption = 24652,
     lens: LensOption = "norm",
     dtype: DtypeOption = "float32",
@@ -143,7 +156,7 @@ def compare(
     options: dict[str, Any] = {
         "model": dense, "candidates": tuple(candidate), "tasks": _names(tasks),
         "data": data, "prompts": prompts, "limit": limit, "steps": steps, "sampled": sampled, "temperature": temperature,
-        "causes": causes, "repair": repair, "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
+        "causes": causes, "repair": repair, "chat": chat, "allow_code_execution": allow_code_execution, "seed": seed, "lens": lens, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     _study(options, out)
 
@@ -206,6 +219,28 @@ def report(
     print(render(found, out))
 
 
+@app.command("import-lm-eval", epilog=EPILOG)
+def import_lm_eval(
+    samples: Annotated[
+        list[Path],
+        typer.Argument(help="samples_*.jsonl of lm-evaluation-harness, a folder for each model."),
+    ],
+    dense: Annotated[Path, typer.Option("--dense", help="The folder of the dense model's files.")],
+    out: OutOption,
+) -> None:
+    """Bring in scores that lm-evaluation-harness wrote for both models, and report on them."""
+    from ..analysis import schema
+    from .imported import read
+    from .render import render
+    from .request import check_empty
+
+    check_empty(out)
+    found = read(samples, dense)
+    for name, cell in found.items():
+        schema.write(cell, out / "cells" / f"{name}.nc")
+    print(render(found, out / "report.html"))
+
+
 @app.command("list", epilog=EPILOG)
 def list_(
     what: Annotated[
@@ -213,12 +248,14 @@ def list_(
     ] = "",
 ) -> None:
     """List what there is, with one line each."""
-    from ..probes.tasks import TWINS
+    from ..probes.benchmarks import BENCHMARKS, MADE
+    from ..probes.twins import TWINS
 
     tables = {
         "recipes": [(m.example, m.describe) for m in METHODS.values()],
         "tasks": [
-            (n, f"{t.describe}, asked as choice and as generation") for n, t in TWINS.items()
+            *((n, f"{t.describe}, asked as choice and as generation") for n, t in TWINS.items()),
+            *((n, t.describe) for n, t in {**BENCHMARKS, **MADE}.items()),
         ],
         "metrics": [
             (n, f"{v.long_name} [{v.units or 'text'}]")
@@ -279,10 +316,11 @@ def _usage_errors() -> tuple[type[Exception], ...]:
     from ..probes.anatomy import AnatomyError
     from ..probes.backends import BackendError
     from ..probes.decode import DecodeError
+    from ..probes.items import TaskError
     from ..probes.load import LoadError
     from ..probes.measure import MeasureError
+    from ..probes.sandbox import SandboxError
     from ..probes.save import SaveError
-    from ..probes.tasks import TaskError
     from ..probes.texts import TextError
     from .request import StudyError
 
@@ -293,6 +331,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
         LoadError,
         MeasureError,
         RecipeError,
+        SandboxError,
         SaveError,
         SchemaError,
         StudyError,

@@ -15,10 +15,12 @@ from matplotlib.lines import Line2D
 from ..analysis import collapse, decoding, hierarchy, theory
 from .cause_figures import causes
 from .picture import STYLE, Picture, finish, having, safe
+from .task_figures import subspace
 
 COLOURS = {"h": "#4477aa", "z": "#228833", "p": "#cc3311", "kl": "#882255"}
 HISTORIES = {"step": "#4477aa", "forced": "#228833", "free": "#cc3311", "swapped": "#333333"}
-FORMATS = {"choice": "#4477aa", "generation": "#cc6600"}
+FORMATS = {"choice": "#4477aa", "generation": "#cc6600", "last word": "#117733"}
+OFFSETS = {"choice": -0.15, "generation": 0.15}  # of the two halves of a twin
 SPACE_NAMES = {"h": "hidden state h", "z": "logits z", "p": "probabilities p"}
 
 
@@ -36,7 +38,7 @@ def retention(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     rows = {name: collapse.retentions(s) for name, s in having(cells, "scores").items()}
     if not rows:
         return []
-    tasks = list(dict.fromkeys(r.task for r in next(iter(rows.values()))))
+    tasks = _by_kind(next(iter(having(cells, "scores").values())))
     figure = Figure(figsize=(2.6 * len(rows) + 1.2, 0.36 * len(tasks) + 1.3))
     axes = figure.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
     for axis, (name, found) in zip(axes, rows.items(), strict=True):
@@ -46,9 +48,17 @@ def retention(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     axes[0].set_ylim(len(tasks) - 0.5, -0.5)
     axes[0].set_xlim(-0.35, 1.45)
     figure.supxlabel("retention of the score above chance", fontsize=9)
-    handles = [Line2D([], [], color=c, marker="o", lw=1.5, label=f) for f, c in FORMATS.items()]
+    handles = [
+        Line2D([], [], color=c, marker="o", lw=1.5, label=f)
+        for f, c in FORMATS.items()
+        if any(r.format == f for found in rows.values() for r in found)
+    ]
     figure.legend(
-        handles=handles, loc="upper right", ncols=2, frameon=False, bbox_to_anchor=(1, 1.06)
+        handles=handles,
+        loc="upper right",
+        ncols=len(handles),
+        frameon=False,
+        bbox_to_anchor=(1, 1.06),
     )
     figure.tight_layout()
     told = "; ".join(
@@ -62,6 +72,14 @@ def retention(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     return [finish("retention", figure, caption, f"Retention by task and format. {told}.")]
 
 
+def _by_kind(scores: xr.Dataset) -> list[str]:
+    """Task names, those of one kind together, kinds in the order in which they were asked."""
+    tasks = scores.task.values.tolist()
+    kinds = scores.kind.values.tolist() if "kind" in scores.coords else [""] * len(tasks)
+    order = list(dict.fromkeys(kinds))
+    return sorted(dict.fromkeys(tasks), key=lambda t: order.index(kinds[tasks.index(t)]))
+
+
 def _told(row: collapse.Retention) -> str:
     return f"{row.task} {row.format} {row.retention.value:.2f}"
 
@@ -70,7 +88,7 @@ def _retention_panel(axis: Any, rows: list[collapse.Retention], tasks: list[str]
     for limit in (collapse.COLLAPSED, collapse.INTACT):
         axis.axvline(limit, color="#999999", lw=0.8, ls="--")
     for row in rows:
-        y = tasks.index(row.task) + (-0.15 if row.format == "choice" else 0.15)
+        y = tasks.index(row.task) + (OFFSETS.get(row.format, 0.0))
         value, low, high = (float(np.clip(v, -0.3, 1.4)) for v in row.retention)
         colour, known = FORMATS[row.format], row.verdict != "uninformative"
         if known:
@@ -331,6 +349,7 @@ def _theory_panel(
 
 FIGURES: tuple[Callable[[Mapping[str, xr.DataTree]], list[Picture]], ...] = (
     retention,
+    subspace,
     layers,
     theorems,
     validity,

@@ -28,6 +28,7 @@ from .picture import Picture, safe
 
 KINDS = ("layers", "causes", "decoding")  # figures of one cell each
 CHANGED = 4  # changed answers shown per cell
+TASKS = ("/subspace", "/perplexity", "/retrieval", "/similarity", "/scores, benchmarks")
 CAUSES = ("/patches", "/memory", "/repairs")  # what the section on causes rests on
 STRIPS = 4  # prompts whose texts are shown token by token
 SHADE_FULL = 4.0  # nat of KL at which a token is shaded fully
@@ -44,6 +45,7 @@ class Section:
     retention: list[collapse.Retention]
     theory: list[theory.Fit]
     texts: list[dict[str, Any]]
+    tasked: list[Finding]
     caused: list[Finding]
     blamed: list[causes.Cause]
     blamed_for: str
@@ -97,7 +99,7 @@ def page(
         verdicts=collapse.VERDICTS,
         theorems=theory.THEOREMS,
         shade_full=SHADE_FULL,
-        elsewhere=("/steps", "/temperatures", *CAUSES),
+        elsewhere=("/steps", "/temperatures", *CAUSES, *TASKS),
         provenance=next(iter(sections)).attributes if sections else {},
         made=provenance.stamp(),
     )
@@ -200,6 +202,7 @@ def _section(
         collapse.retentions(scores) if scores is not None else [],
         theory.fits(output, float(output.attrs["temperature"])) if output is not None else [],
         _texts(steps) if steps is not None else [],
+        [f for f in mine if f.evidence.startswith(TASKS)],
         [f for f in mine if f.evidence.startswith(CAUSES)],
         *_blamed(cell),
         decoding.flips(steps) if steps is not None else [],
@@ -257,7 +260,7 @@ def _strip(row: xr.Dataset, model: str, history: str, first: int) -> list[dict[s
 
 def _changed(scores: xr.Dataset) -> list[dict[str, Any]]:
     """Generated answers that the dense model had right and the candidate has wrong, tasks in turn."""
-    part = scores.isel(item=scores.format.values == "generation")
+    part = scores.isel(item=np.isin(scores.format.values, ("generation", "last word")))
     lost = (part.score.sel(model="dense").values == 1) & (
         part.score.sel(model="candidate").values == 0
     )

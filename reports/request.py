@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from ..probes import sandbox
+from ..probes.items import SEED, Task
 from ..probes.load import DTYPES, exists
 from ..probes.recipe import Recipe
-from ..probes.tasks import SEED, TWINS, Task, data_text, load_tasks
+from ..probes.tasks import load_tasks
 from ..probes.texts import read_texts
+from ..probes.twins import TWINS, data_text
 
 
 class StudyError(ValueError):
@@ -36,6 +40,8 @@ class Request:
     temperature: float = 1.0
     causes: int = 16
     repair: int = 0
+    chat: bool = False
+    allow_code_execution: bool = False
     seed: int = SEED
     lens: str = "norm"
     dtype: str = "float32"
@@ -57,6 +63,11 @@ class Plan:
     tasks: tuple[Task, ...]
     prompts: tuple[str, ...]
     calibration: tuple[str, ...] | None
+
+    @property
+    def scored(self) -> tuple[Task, ...]:
+        """The tasks whose items are right or wrong."""
+        return tuple(task for task in self.tasks if task.scored)
 
     def cell(self, name: str) -> Path:
         """The file of one cell."""
@@ -86,6 +97,7 @@ def plan(request: Request, folder: Path) -> Plan:
     for source in (request.model, *request.candidates):
         exists(source)
     tasks = tuple(_tasks(request))
+    _check_code(request, tasks)
     prompts = tuple(_prompts(request))
     calibration = read_calibration(request.calibration)
     _check_folder(request, folder)
@@ -133,6 +145,18 @@ def _tasks(request: Request) -> list[Task]:
     return [t.limited(request.limit, request.seed) for t in load_tasks(names, data)]
 
 
+def _check_code(request: Request, tasks: Sequence[Task]) -> None:
+    """Programs that a model writes are run only when asked for, and only where they are isolated."""
+    names = ", ".join(t.name for t in tasks if t.grade == "code")
+    if names and not request.allow_code_execution:
+        raise StudyError(
+            f"{names}: scoring runs programs that the models write; give --allow-code-execution to run them in a "
+            "sandbox, or leave the task out"
+        )
+    if names:
+        sandbox.require()
+
+
 def _prompts(request: Request) -> list[str]:
     if request.prompts is None:
         return default_prompts()
@@ -163,7 +187,17 @@ def _check_folder(request: Request, folder: Path) -> None:
                 f"--out {folder} holds another study ({'; '.join(parts)}); name another folder, or ask "
                 "for the same to resume it"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    else:
+        check_empty(folder)
+
+
+def check_empty(folder: Path) -> None:
+    """Whether `--out` is new or empty.
+
+    Raises:
+        StudyError: it holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise StudyError(
             f"--out {folder} exists and holds something else; name a new or empty folder"
         )

@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,12 @@ import numpy as np
 import xarray as xr
 
 from ..analysis import causes, provenance, schema
+from ..probes.chat import chatted
 from ..probes.compress import check as check_recipe
 from ..probes.compress import compress, cost
 from ..probes.decode import check_texts, decode, readable
+from ..probes.further import further
+from ..probes.items import Task
 from ..probes.load import load
 from ..probes.measure import MeasureError, check_pair, check_prompts, measure
 from ..probes.memory import remember
@@ -33,7 +36,7 @@ from ..probes.rank import calibration_texts
 from ..probes.repair import arms, repair
 from ..probes.score import Answer, answers, pair
 from ..probes.speed import speed
-from ..probes.tasks import Task
+from ..probes.subspace import check_letters
 from ..probes.writing import write
 from .progress import Progress
 from .request import Plan, Request, StudyError
@@ -61,6 +64,8 @@ def run(what: Plan, progress: Progress) -> None:
         return
     with progress.task(f"loading {what.request.model}"):
         model = _load(what.request, what.request.model, progress)
+    if what.request.chat:
+        what = replace(what, tasks=tuple(chatted(model, what.tasks)))
     _check_against(what, model)
     what.folder.mkdir(parents=True, exist_ok=True)
     _write_json(what.folder / "study.json", _merged(what.request, what.folder))
@@ -94,6 +99,7 @@ def _load(request: Request, source: str, progress: Progress) -> Model:
 def _check_against(what: Plan, dense: Model) -> None:
     for recipe in what.recipes.values():
         check_recipe(dense, recipe)
+    check_letters(dense, what.tasks)
     check_prompts(dense, what.prompts)
     check_texts(dense, what.prompts[:DECODED], what.request.steps)
 
@@ -110,13 +116,13 @@ def _merged(request: Request, folder: Path) -> dict[str, Any]:
 def _dense_answers(what: Plan, dense: Model, progress: Progress) -> list[list[Answer]]:
     file = what.folder / "dense-answers.json"
     key = provenance.text_hash(
-        [json.dumps([asdict(t) for t in what.tasks], sort_keys=True), dense.weights]
+        [json.dumps([asdict(t) for t in what.scored], sort_keys=True), dense.weights]
     )
     if file.is_file():
         kept = json.loads(file.read_text("utf-8"))
         if kept["key"] == key:
             return [[Answer(**a) for a in answers] for answers in kept["answers"]]
-    made = _answers(dense, what.tasks, "dense", progress)
+    made = _answers(dense, what.scored, "dense", progress)
     _write_json(file, {"key": key, "answers": [[asdict(a) for a in side] for side in made]})
     return made
 
@@ -142,7 +148,7 @@ def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
     with progress.task(f"{name}: states, every layer") as tick:
         tree = _measure(what, dense.model, candidate, tick)
     lap("measure")
-    scores = pair(what.tasks, dense.answers, _answers(candidate, what.tasks, name, progress))
+    tasked = _tasked(what, name, dense, candidate, progress)
     lap("score")
     with progress.task(f"{name}: decoding") as tick:
         decoded = _decode(what, dense, candidate, tick)
@@ -154,13 +160,27 @@ def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
     lap("speed")
     groups = {n: node.to_dataset() for n, node in tree.children.items()}
     groups |= {
-        "scores": scores,
+        **tasked,
         **decoded,
         **caused,
         "cost": _cost(dense.cost, candidate, rates, seconds),
     }
     stamp = _provenance(what, name, dense.model, candidate)
     schema.write(schema.tree(groups, stamp), what.cell(name))
+
+
+def _tasked(
+    what: Plan, name: str, dense: _Dense, candidate: Model, progress: Progress
+) -> dict[str, xr.Dataset]:
+    """What the tasks say: `/scores`, and the groups of those that are not right or wrong."""
+    groups: dict[str, xr.Dataset] = {}
+    if what.scored:
+        mine = _answers(candidate, what.scored, name, progress)
+        groups["scores"] = pair(what.scored, dense.answers, mine)
+    if len(what.scored) < len(what.tasks) or any(t.letters for t in what.tasks):
+        with progress.task(f"{name}: letters, texts, vectors") as tick:
+            groups |= further(dense.model, candidate, tasks=what.tasks, progress=tick)
+    return groups
 
 
 def _candidate(what: Plan, name: str, dense: Model, progress: Progress) -> Model:
@@ -226,10 +246,12 @@ def _causes(
 
 def _asked(what: Plan, replies: list[list[Answer]]) -> tuple[list[str], list[str] | None]:
     """Items that the dense model writes (else: chooses) right, tasks in turn, with their answers."""
-    sides: dict[str, list[list[tuple[str, str]]]] = {"generation": [], "choice": []}
-    for task, answered in zip(what.tasks, replies, strict=True):
+    formats = ("generation", "last word", "choice")
+    sides: dict[str, list[list[tuple[str, str]]]] = {f: [] for f in formats}
+    for task, answered in zip(what.scored, replies, strict=True):
         right = [item for item, a in zip(task.items, answered, strict=True) if a.score == 1]
-        sides[task.format].append([(i.prompt, i.right) for i in right if i.prompt])
+        usable = [i for i in right if i.prompt and not i.contexts and not i.tests]
+        sides[task.format].append([(i.prompt, i.right) for i in usable])
     for queues in sides.values():
         turns = [pair for row in zip_longest(*queues) for pair in row if pair is not None]
         if turns:

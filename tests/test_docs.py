@@ -35,7 +35,7 @@ def test_the_readmes_tree_is_the_tree(root: Path):
 
 def test_the_readme_names_every_verb_recipe_and_twin(root: Path):
     from prunescope.probes.recipe import METHODS
-    from prunescope.probes.tasks import TWINS
+    from prunescope.probes.twins import TWINS
 
     text = readme(root)
     for name in (

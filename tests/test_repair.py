@@ -9,11 +9,11 @@ import torch
 from prunescope.analysis import schema
 from prunescope.probes import compress
 from prunescope.probes.compress import cost
+from prunescope.probes.items import Item, Task
 from prunescope.probes.model import encode
 from prunescope.probes.patch import changes
 from prunescope.probes.recipe import Recipe, RecipeError
 from prunescope.probes.repair import arms, repair, restored
-from prunescope.probes.tasks import Item, Task
 
 TEXTS = ["The cat sat on the mat.", "The dog ran to the red house"]
 MADE_AGAIN = {

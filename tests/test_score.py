@@ -1,3 +1,5 @@
+import importlib
+
 import architectures
 import numpy as np
 import pytest
@@ -6,17 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prunescope.analysis import schema
 from prunescope.probes import score as module_score  # the function, by the package's name
+from prunescope.probes.grading import f1, last_number, normalise, repetition
+from prunescope.probes.items import Item, Task
 from prunescope.probes.model import encode
-from prunescope.probes.score import (
-    answer,
-    generate,
-    grade,
-    likelihoods,
-    normalise,
-    repetition,
-    split,
-)
-from prunescope.probes.tasks import Item, Task
+from prunescope.probes.score import answer, generate, judge, likelihoods, split
+
+_scoring = importlib.import_module("prunescope.probes.score")
 
 ITEMS = (
     Item("a", "The cat sat on", (" the mat", " a red house"), 0, ("the mat",)),
@@ -39,6 +36,50 @@ def test_likelihoods_equal_one_row_at_a_time(tiny):
     found = likelihoods(tiny, [split(tiny, *r) for r in rows])
     expected = [plain_likelihood(tiny, *r) for r in rows]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("opening", ["", "The red house stood by the river and the dog ran. "])
+def test_what_options_share_is_run_once_and_changes_nothing(tiny, opening, monkeypatch):
+    monkeypatch.setattr(_scoring, "STEM", 1)
+    monkeypatch.setattr(_scoring, "BATCH_TOKENS", 60)
+    rows = [split(tiny, opening + i.prompt, c) for i in ITEMS for c in i.choices]
+    found = likelihoods(tiny, rows, sizes=[len(i.choices) for i in ITEMS])
+    expected = [plain_likelihood(tiny, opening + i.prompt, c) for i in ITEMS for c in i.choices]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_last_word_is_right_where_greedy_decoding_writes_it(llama, monkeypatch):
+    ids = llama.tokenizer("The cat sat on")["input_ids"]
+    written = generate(llama, ["The cat sat on"], 2)[0][1]
+    rows = {"a": [*ids, *written], "b": [*ids, written[0], (written[1] + 1) % 64]}
+    monkeypatch.setattr(_scoring, "split", lambda _, prompt, word: (rows[word], len(ids)))
+    items = tuple(Item(word, "The cat sat on", (word,)) for word in rows)
+    found = answer(llama, Task("w", "last word", items))
+    assert [a.score for a in found] == [1.0, 0.0]
+    assert found[1].log_p < found[0].log_p < 0
+
+
+def test_each_choice_may_follow_a_prompt_of_its_own(llama):
+    item = Item("w", "", (" sat by the dog",) * 2, 1, contexts=("The cat", "The red house"))
+    found = answer(llama, Task("w", "choice", (item,)))[0]
+    values = [plain_likelihood(llama, c, item.choices[0]) for c in item.contexts]
+    assert found.score == float(np.argmax(values) == 1)
+
+
+def test_text_ends_before_the_first_stop(llama):
+    whole = generate(llama, ["The cat sat on"], 8)[0][0]
+    stop = whole.strip().split(" ")[-1][-3:]
+    text, tokens, stopped = generate(llama, ["The cat sat on"], 8, until=("\n\n\n", stop))[0]
+    assert text == whole[: whole.index(stop)]
+    assert stopped
+    assert len(tokens) <= 8
+
+
+def test_a_text_that_never_ends_counts_as_no_stop(llama):
+    found = answer(llama, WRITE)
+    written = generate(llama, [i.prompt for i in ITEMS], 6, until=("\n",))
+    assert [a.no_stop for a in found] == [not w[2] for w in written]
+    assert any(a.no_stop for a in found)
 
 
 def test_without_a_prompt_the_text_follows_the_first_special_token(llama):
@@ -110,9 +151,33 @@ def test_scores_are_paired_and_labelled(llama):
     ],
 )
 def test_grading(text, accepted, exact, right):
-    found = grade(text, accepted, [1, 2], True, exact=exact)
+    task = Task("t", "generation", (), grade="exact" if exact else "begins")
+    found = judge(task, Item("i", "", accepted=tuple(accepted)), text, [1, 2], True)
     assert found.score == right
     assert found.no_answer == (not text)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("so 8 - 2 = 6 pm\n#### 6", "6"),
+        ("It costs $1,234.", "1234"),
+        ("He has -3.5 left", "-3.5"),
+        ("none", ""),
+        ("5 and then 70.", "70"),
+    ],
+)
+def test_the_last_number_is_read(text, number):
+    assert last_number(text) == number
+    task = Task("t", "generation", (), grade="number")
+    found = judge(task, Item("i", "", accepted=("6",)), text, [1], True)
+    assert (found.score, found.no_answer) == (float(number == "6"), number == "")
+
+
+def test_word_overlap():
+    assert f1("the red house", ["red house"]) == 1
+    assert f1("a red car", ["red house", "blue"]) == pytest.approx(0.5)
+    assert f1("", ["x"]) == 0
 
 
 @given(st.text(max_size=40))

@@ -23,7 +23,7 @@ from prunescope.probes import (
 from prunescope.probes.compress import cost
 from prunescope.probes.rank import importance
 from prunescope.probes.speed import speed
-from prunescope.probes.tasks import TWINS
+from prunescope.probes.twins import TWINS
 from prunescope.reports import render
 from prunescope.reports.progress import Progress
 from prunescope.reports.request import Request, default_prompts, plan
