@@ -12,7 +12,7 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from .model import Model, pad
 BATCH_TOKENS = 2048
 BATCH_ROWS = 32
 LOGIT_ROWS = 512
+FILLED = 0.8  # of a batch's length that its shortest row has at least
 STEM = 8  # tokens that the options of an item must share for a cache of their own to pay
 
 
@@ -186,22 +187,25 @@ def _targets(
     sizes: Sequence[int],
 ) -> Targets:
     shared = _common_prefix(rows)
-    cache = _run(model, [rows[0][0][:shared]], None, 0)
-    groups = _groups(model, rows, sizes, shared)
+    beginning = _run(model, [rows[0][0][:shared]], None, 0)
     sums, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
     likeliest: list[list[int]] = [[] for _ in rows]
-    for batch in _batches(groups):
-        members = [i for group in batch for i in group.rows]
-        # the last token of a row predicts nothing that is asked
-        tails = [rows[i][0][g.stem : -1] for g in batch for i in g.rows]
-        hidden = _hidden(model, rows, batch, tails, cache, shared)
-        starts = [rows[i][1] - g.stem for g in batch for i in g.rows]
-        ends = [rows[i][0][rows[i][1] :] for i in members]
-        found = _target_sums(model, hidden, starts, ends)
-        sums[members], greedy[members] = found[:2]
-        for i, tokens in zip(members, found[2], strict=True):
-            likeliest[i] = tokens
-        progress(sum(sums != 0) / len(rows))
+    done = 0
+    for groups in _batches(_groups(model, rows, sizes, shared), lambda g: g.stem - shared):
+        past, places = beginning, [0] * len(groups)
+        if any(g.stem > shared for g in groups):
+            past = _run(model, [rows[g.rows[0]][0][: g.stem] for g in groups], past, shared)
+            places = list(range(len(groups)))
+        members = [(i, g.stem, n) for n, g in zip(places, groups, strict=True) for i in g.rows]
+        members.sort(key=lambda m: m[1] - len(rows[m[0]][0]))
+        for batch in _batches(members, lambda m: len(rows[m[0]][0]) - m[1]):
+            found = _tails(model, rows, batch, past)
+            which = [i for i, *_ in batch]
+            sums[which], greedy[which] = found[:2]
+            for i, tokens in zip(which, found[2], strict=True):
+                likeliest[i] = tokens
+            done += len(batch)
+            progress(done / len(rows))
     return sums, greedy, likeliest
 
 
@@ -211,13 +215,12 @@ class _Group:
 
     rows: tuple[int, ...]
     stem: int
-    tail: int  # tokens after the stem, of the longest row
 
 
 def _groups(
     model: Model, rows: Sequence[tuple[list[int], int]], sizes: Sequence[int], shared: int
 ) -> list[_Group]:
-    """Items, longest first; a stem that does not pay, or would move a window, is the shared one."""
+    """Items, longest stem first; one that does not pay, or would move a window, is the shared one."""
     window = getattr(model.module.config, "sliding_window", None)
     result: list[_Group] = []
     start = 0
@@ -228,27 +231,23 @@ def _groups(
         stem = _common_prefix([rows[i] for i in members])
         if size == 1 or stem - shared < STEM or (window and longest > window):
             stem = shared
-        result.append(_Group(members, stem, longest - stem))
-    return sorted(result, key=lambda g: (-g.stem, -g.tail))
+        result.append(_Group(members, stem))
+    return sorted(result, key=lambda g: -g.stem)
 
 
-def _batches(groups: Sequence[_Group]) -> list[list[_Group]]:
-    """Items in batches of at most BATCH_TOKENS tokens; all of a batch have a stem, or none has."""
-    batches: list[list[_Group]] = []
-    width = count = 0
-    for group in groups:
-        width = max(width, group.tail)
-        count += len(group.rows)
-        if not batches or count * width > BATCH_TOKENS or _differ(batches[-1][0], group):
+T = TypeVar("T")
+
+
+def _batches(things: Sequence[T], length: Callable[[T], int]) -> list[list[T]]:
+    """Things, longest first, in batches of at most BATCH_TOKENS tokens and little padding."""
+    batches: list[list[T]] = []
+    for thing in things:
+        first = length(batches[-1][0]) if batches else 0
+        full = not batches or (len(batches[-1]) + 1) * max(1, first) > BATCH_TOKENS
+        if full or length(thing) < FILLED * first - 1 or (length(thing) == 0) != (first == 0):
             batches.append([])
-            width, count = group.tail, len(group.rows)
-        batches[-1].append(group)
+        batches[-1].append(thing)
     return batches
-
-
-def _differ(first: _Group, other: _Group) -> bool:
-    """Whether padding the stem of one to the other's would waste more than a quarter of it."""
-    return first.stem != other.stem and other.stem < 0.75 * first.stem
 
 
 def _common_prefix(rows: Sequence[tuple[list[int], int]]) -> int:
@@ -303,22 +302,21 @@ def _forward(model: Model, batch: dict[str, Tensor], past: _Past | None) -> tupl
     return state, mask
 
 
-def _hidden(
+def _tails(
     model: Model,
     rows: Sequence[tuple[list[int], int]],
-    groups: list[_Group],
-    tails: list[list[int]],
+    batch: list[tuple[int, int, int]],
     past: _Past | None,
-    shared: int,
-) -> Tensor:
-    """States after the final norm for the tails, `(row, token, d_model)`."""
-    picks = [n for n, group in enumerate(groups) for _ in group.rows]
-    if any(g.stem > shared for g in groups):
-        past = _run(model, [rows[g.rows[0]][0][: g.stem] for g in groups], past, shared)
-    elif past is not None:
-        picks = [0] * len(tails)
-    before = None if past is None else _repeated(past, picks)
-    return _forward(model, pad(model, tails), before)[0].last_hidden_state
+) -> Targets:
+    """Of rows `(row, stem, place of the stem in past)`, what follows their stems.
+
+    The last token of a row predicts nothing that is asked.
+    """
+    tails = [rows[i][0][stem:-1] for i, stem, _ in batch]
+    before = None if past is None else _repeated(past, [n for *_, n in batch])
+    hidden = _forward(model, pad(model, tails), before)[0].last_hidden_state
+    starts = [rows[i][1] - stem for i, stem, _ in batch]
+    return _target_sums(model, hidden, starts, [rows[i][0][rows[i][1] :] for i, *_ in batch])
 
 
 def _target_sums(model: Model, hidden: Tensor, starts: list[int], ends: list[list[int]]) -> Targets:
