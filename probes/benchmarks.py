@@ -14,8 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from .embed import hub_retrieval, is_retrieval, pair_rows, read_retrieval
-from .items import SEED, Format, Grade, Item, Row, Task, TaskError, rows_of, text_of
-from .rows import asked, blank_item, choice_item, code_item, letter_item, pair_item, text_item
+from .items import SEED, Format, Grade, Item, Row, Task, TaskError, not_had, rows_of, text_of
+from .rows import (
+    asked,
+    blank_item,
+    choice_item,
+    code_item,
+    letter_item,
+    pair_item,
+    question_item,
+    text_item,
+    whole_item,
+    written_item,
+)
 from .twins import halves
 
 Make = Callable[[Row, str, str], Item]
@@ -163,16 +174,8 @@ def _sts(row: Row) -> Row:
 # --- how each is asked ---------------------------------------------------------------------------
 
 
-def _question(row: Row, where: str, id: str) -> Item:
-    return choice_item(row, where, id, asked(row, where))
-
-
 def _continued(row: Row, where: str, id: str) -> Item:
     return choice_item(row, where, id, text_of(row, "question", where))
-
-
-def _letters(row: Row, where: str, id: str) -> Item:
-    return letter_item(row, where, id)
 
 
 def _question_letters(row: Row, where: str, id: str) -> Item:
@@ -208,10 +211,6 @@ def _last_word(row: Row, where: str, id: str) -> Item:
     return Item(str(row.get("id", id)), text_of(row, "question", where), (f" {word}",), 0, (word,))
 
 
-def _written(row: Row, where: str, id: str) -> Item:
-    return text_item(row, where, id, asked(row, where))
-
-
 def _wondering(row: Row, where: str, id: str) -> Item:
     return text_item(row, where, id, f"Question: {text_of(row, 'question', where)}?\nAnswer:")
 
@@ -237,10 +236,6 @@ def _tested(row: Row, where: str, id: str) -> Item:
     return code_item(row, where, id, prompt)
 
 
-def _whole(row: Row, where: str, id: str) -> Item:
-    return Item(str(row.get("id", id)), text_of(row, "text", where))
-
-
 def _solution(row: Row, item: Item) -> str:
     return f"{item.prompt} {row.get('solution') or item.accepted[0]}"
 
@@ -253,16 +248,16 @@ _ARC = "allenai/ai2_arc"
 _CHOICE = "multiple choice"
 BENCHMARKS: dict[str, Benchmark] = {
     "mmlu": Benchmark(
-        "57 school and college subjects, by letter, 5 solved examples", _CHOICE, _letters,
+        "57 school and college subjects, by letter, 5 solved examples", _CHOICE, letter_item,
         Hub("cais/mmlu", "all", "test", _mmlu, "dev"), shots=5, opening=_subject, by="subject",
         letters=True,
     ),
     "arc_easy": Benchmark(
-        "ARC-Easy, school science", _CHOICE, _question,
+        "ARC-Easy, school science", _CHOICE, question_item,
         Hub(_ARC, "ARC-Easy", "test", _labelled, "train"), normalise=True,
     ),
     "arc_challenge": Benchmark(
-        "ARC-Challenge, harder school science", _CHOICE, _question,
+        "ARC-Challenge, harder school science", _CHOICE, question_item,
         Hub(_ARC, "ARC-Challenge", "test", _labelled, "train"), normalise=True,
     ),
     "hellaswag": Benchmark(
@@ -274,11 +269,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         Hub("allenai/winogrande", "winogrande_xl", "validation", _winogrande, "train"),
     ),
     "piqa": Benchmark(
-        "PIQA, everyday physics", _CHOICE, _question,
+        "PIQA, everyday physics", _CHOICE, question_item,
         Hub("baber/piqa", None, "validation", _piqa, "train"), normalise=True,
     ),
     "boolq": Benchmark(
-        "BoolQ, yes or no about a passage", _CHOICE, _question,
+        "BoolQ, yes or no about a passage", _CHOICE, question_item,
         Hub("aps/super_glue", "boolq", "validation", _boolq, "train"),
     ),
     "openbookqa": Benchmark(
@@ -302,12 +297,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         Hub("EleutherAI/lambada_openai", "default", "test", _lambada), format="last word",
     ),
     "wikitext2": Benchmark(
-        "WikiText-2, perplexity and KL", "text", _whole,
+        "WikiText-2, perplexity and KL", "text", whole_item,
         Hub("Salesforce/wikitext", "wikitext-2-raw-v1", "test", _text), format="text",
         file="wikitext2_test",
     ),
     "gsm8k": Benchmark(
-        "GSM8K, sums in words, 5 solved examples", "generation", _written,
+        "GSM8K, sums in words, 5 solved examples", "generation", written_item,
         Hub("openai/gsm8k", "main", "test", _gsm8k, "train"), format="generation", shots=5,
         solved=_solution, until=("Question:", "</s>", "<|im_end|>"), grade="number",
         max_new_tokens=256,
@@ -371,8 +366,9 @@ def _by_letter(spec: Benchmark, name: str, variant: str) -> Benchmark:
 
 
 def _task(name: str, plain: str, spec: Benchmark, data: Path | None) -> Task:
-    rows = _rows(spec.file or plain, plain, spec.hub, spec.hub.split, data)
-    shots = _shots(plain, spec, data) if spec.shots else []
+    main = spec.file or plain
+    rows = _rows(main, main, spec.hub, spec.hub.split, data)
+    shots = _rows(f"{plain}_fewshot", main, spec.hub, spec.hub.few, data) if spec.shots else []
     items = tuple(
         _item(spec, row, where, f"{plain}-{i}", shots) for i, (where, row) in enumerate(rows)
     )
@@ -399,19 +395,13 @@ def _item(spec: Benchmark, row: Row, where: str, id: str, shots: Found) -> Item:
     return replace(item, prompt=head + item.prompt, contexts=tuple(head + c for c in item.contexts))
 
 
-def _shots(plain: str, spec: Benchmark, data: Path | None) -> Found:
-    return _rows(f"{plain}_fewshot", plain, spec.hub, spec.hub.few, data)
-
-
-def _rows(stem: str, name: str, hub: Hub, split: str, data: Path | None) -> Found:
-    """Rows of a file of the folder; of the hub where the folder has no file of that benchmark."""
-    spec = BENCHMARKS.get(name)
-    main = (spec.file if spec else "") or name
+def _rows(stem: str, main: str, hub: Hub, split: str, data: Path | None) -> Found:
+    """Rows of `stem`'s file; of the hub where the folder has not the benchmark's `main` file."""
     if data is None or not (data / f"{main}.jsonl").is_file():
-        return _from_hub(name, hub, split)
+        return _from_hub(main, hub, split)
     file = data / f"{stem}.jsonl"
     if not file.is_file():
-        raise TaskError(f"{name} is asked with solved examples, and {file} is not there")
+        raise TaskError(f"{main} is asked with solved examples, and {file} is not there")
     found = [(f"{file}:{line}", row) for line, row in rows_of(file)]
     if not found:
         raise TaskError(f"{file}: no rows")
@@ -431,12 +421,8 @@ def _from_hub(name: str, hub: Hub, split: str) -> Found:
             for row in datasets.load_dataset(hub.path, config, split=split)
         )
         found = [(f"{where}, row {i}", hub.row(dict(row))) for i, row in enumerate(rows)]
-    except Exception as error:  # the hub's client raises a dozen kinds; all mean "not to be had"
-        first = (str(error).splitlines() or [""])[0]
-        raise TaskError(
-            f"{name}: {where} cannot be had ({type(error).__name__}: {first}); --data DIR reads "
-            f"{name}.jsonl from a folder"
-        ) from error
+    except Exception as error:
+        raise not_had(name, where, error, f"{name}.jsonl from a folder") from error
     if not found:
         raise TaskError(f"{name}: {where} is an empty split")
     return found

@@ -31,9 +31,9 @@ from .anatomy import dropped
 from .items import SEED
 from .kernels import Figures, Readout, compare_at
 from .measure import MeasureError, angles, check_pair, check_prompts
-from .model import Model
+from .model import Model, batches
 from .reduction import worth_fusing
-from .writing import Draw, Rows, Written, at_steps, batches, layout, read_batch, write_batch
+from .writing import Draw, Rows, Written, at_steps, layout, read_batch, write_batch
 
 STEPS = 64
 TEMPERATURES = (0.3, 0.7, 1.0, 1.5)

@@ -8,7 +8,7 @@ tokens (`mean`) or taken from its last one (`last`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,8 @@ import xarray as xr
 from torch import Tensor
 
 from ..analysis import schema
-from .items import Item, Row, Task, TaskError, rows_of, text_of
-from .model import Model, pad
+from .items import Item, Row, Task, TaskError, not_had, rows_of, text_of
+from .model import Model, batches, pad
 
 Pooling = Literal["mean", "last"]
 BATCH_TOKENS = 4096
@@ -49,11 +49,9 @@ def embed(
         model.tokenizer(t)["input_ids"][:max_tokens] or [model.tokenizer.eos_token_id]
         for t in texts
     ]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     made: list[Tensor] = [torch.empty(0)] * len(rows)
     done = 0
-    while done < len(order):
-        batch = order[done : done + max(1, BATCH_TOKENS // len(rows[order[done]]))]
+    for batch in batches([len(row) for row in rows], BATCH_TOKENS):
         inputs = pad(model, [rows[i] for i in batch])
         hidden = model.module.base_model(**inputs, use_cache=False).last_hidden_state.float()
         mask = inputs["attention_mask"].float()
@@ -63,8 +61,21 @@ def embed(
         for i, vector in zip(batch, torch.nn.functional.normalize(vectors, dim=-1), strict=True):
             made[i] = vector
         done += len(batch)
-        progress(done / len(order))
+        progress(done / len(rows))
     return torch.stack(made)
+
+
+def _sides(
+    models: Sequence[Model],
+    texts: Sequence[str],
+    pooling: Pooling,
+    progress: Callable[[float], None],
+) -> list[Tensor]:
+    """The texts' vectors in each model."""
+    return [
+        embed(m, texts, pooling=pooling, progress=lambda x, n=n: progress((n + x) / len(models)))
+        for n, m in enumerate(models)
+    ]
 
 
 def retrieval(
@@ -80,14 +91,9 @@ def retrieval(
     Each model searches with its own vectors of queries and documents. Gains and recall are
     trec_eval's.
     """
-    columns: list[np.ndarray] = []
-    for n, model in enumerate((dense, candidate)):
-        texts = [*(item.prompt for item in task.items), *(text for _, text in task.corpus)]
-        vectors = embed(
-            model, texts, pooling=pooling, progress=lambda x, n=n: progress((n + x) / 2)
-        )
-        columns.append(_judged(task, vectors))
-    both = np.stack(columns, axis=1)  # query, model, figure
+    texts = [*(item.prompt for item in task.items), *(text for _, text in task.corpus)]
+    vectors = _sides((dense, candidate), texts, pooling, progress)
+    both = np.stack([_judged(task, v) for v in vectors], axis=1)  # query, model, figure
     coords: dict[str, Any] = {
         "query": np.arange(len(task.items)), "model": list(schema.MODELS),
         "item_id": ("query", [i.id for i in task.items]),
@@ -126,12 +132,8 @@ def similarity(
 ) -> xr.DataTree:
     """Cosine of the two sentences of each pair in both models, with the gold score: `/similarity`."""
     texts = [text for item in task.items for text in (item.prompt, item.choices[0])]
-    sides: list[np.ndarray] = []
-    for n, model in enumerate((dense, candidate)):
-        vectors = embed(
-            model, texts, pooling=pooling, progress=lambda x, n=n: progress((n + x) / 2)
-        )
-        sides.append((vectors[0::2] * vectors[1::2]).sum(-1).cpu().numpy())
+    vectors = _sides((dense, candidate), texts, pooling, progress)
+    sides = [(v[0::2] * v[1::2]).sum(-1).cpu().numpy() for v in vectors]
     coords: dict[str, Any] = {
         "pair": np.arange(len(task.items)), "model": list(schema.MODELS),
         "item_id": ("pair", [i.id for i in task.items]),
@@ -182,16 +184,23 @@ def read_retrieval(folder: Path) -> Task:
         )
         for n, row in rows_of(folder / "queries.jsonl")
     ]
-    judged = _judgements(folder)
+    return _search(folder.name, str(folder), corpus, queries, _judgements(folder))
+
+
+Judged = dict[str, list[tuple[str, float]]]  # query -> documents with their grades
+
+
+def _search(
+    name: str, where: str, corpus: tuple[tuple[str, str], ...], queries: list[Item], judged: Judged
+) -> Task:
+    """The queries that are judged, with what was judged."""
     unknown = {d for docs in judged.values() for d, _ in docs} - {id for id, _ in corpus}
     if unknown:
-        raise TaskError(
-            f"{folder}: judged documents that corpus.jsonl lacks: {sorted(unknown)[:3]}"
-        )
+        raise TaskError(f"{where}: judged documents that corpus lacks: {sorted(unknown)[:3]}")
     items = tuple(replace(q, relevant=tuple(judged[q.id])) for q in queries if q.id in judged)
     if not items:
-        raise TaskError(f"{folder}: no query of queries.jsonl is judged")
-    return Task(folder.name, "retrieval", items, kind="retrieval", corpus=corpus)
+        raise TaskError(f"{where}: no query of queries is judged")
+    return Task(name, "retrieval", items, kind="retrieval", corpus=corpus)
 
 
 def hub_retrieval(name: str, path: str, judgements: str) -> Task:
@@ -205,19 +214,17 @@ def hub_retrieval(name: str, path: str, judgements: str) -> Task:
     try:
         parts: list[Any] = [datasets.load_dataset(path, c, split=c) for c in ("corpus", "queries")]
         graded: Any = datasets.load_dataset(judgements, split="test")
-    except Exception as error:  # the hub's client raises a dozen kinds; all mean "not to be had"
-        first = (str(error).splitlines() or [""])[0]
-        raise TaskError(
-            f"{name}: {path} cannot be had ({type(error).__name__}: {first}); --data DIR reads the "
-            f"folder {name} in it, in BEIR's form"
-        ) from error
+    except Exception as error:
+        raise not_had(name, path, error, f"the folder {name} in it, in BEIR's form") from error
     corpus = tuple(_document(row, f"{path}, corpus row {n}") for n, row in enumerate(parts[0]))
-    judged: dict[str, list[tuple[str, float]]] = {}
+    judged: Judged = {}
     for row in graded:
-        judged.setdefault(str(row["query-id"]), []).append((str(row["corpus-id"]), row["score"]))
+        if row["score"] > 0:
+            judged.setdefault(str(row["query-id"]), []).append(
+                (str(row["corpus-id"]), row["score"])
+            )
     queries = [Item(_id(row, f"{path}, query {n}"), row["text"]) for n, row in enumerate(parts[1])]
-    items = tuple(replace(q, relevant=tuple(judged[q.id])) for q in queries if q.id in judged)
-    return Task(name, "retrieval", items, kind="retrieval", corpus=corpus)
+    return _search(name, path, corpus, queries, judged)
 
 
 def _id(row: Row, where: str) -> str:
@@ -229,31 +236,24 @@ def _document(row: Row, where: str) -> tuple[str, str]:
     return _id(row, where), f"{title} {text_of(row, 'text', where)}".strip()
 
 
-@dataclass(frozen=True)
-class _Line:
-    query: str
-    document: str
-    grade: float
-
-
-def _judgements(folder: Path) -> dict[str, list[tuple[str, float]]]:
+def _judgements(folder: Path) -> Judged:
     places = [folder / "qrels.tsv", folder / "qrels" / "test.tsv"]
     file = next((p for p in places if p.is_file()), None)
     if file is None:
         raise TaskError(f"{folder}: neither qrels.tsv nor qrels/test.tsv is there")
-    found: dict[str, list[tuple[str, float]]] = {}
+    found: Judged = {}
     for number, line in enumerate(file.read_text("utf-8").splitlines()[1:], start=2):
-        row = _line(line, f"{file}:{number}")
-        if row.grade > 0:
-            found.setdefault(row.query, []).append((row.document, row.grade))
+        query, document, grade = _line(line, f"{file}:{number}")
+        if grade > 0:
+            found.setdefault(query, []).append((document, grade))
     return found
 
 
-def _line(line: str, where: str) -> _Line:
+def _line(line: str, where: str) -> tuple[str, str, float]:
     parts = line.split("\t")
     try:
         query, document, grade = parts
-        return _Line(query, document, float(grade))
+        return query, document, float(grade)
     except ValueError as error:
         raise TaskError(
             f"{where}: query, document and grade are needed, with tabs between"

@@ -22,6 +22,14 @@ class TaskError(ValueError):
     """A task that cannot be asked; the message says which, where and what is allowed."""
 
 
+def not_had(name: str, where: str, error: Exception, instead: str) -> TaskError:
+    """The error for rows of the hub that cannot be had, whichever of a dozen kinds its client raised."""
+    first = (str(error).splitlines() or [""])[0]
+    return TaskError(
+        f"{name}: {where} cannot be had ({type(error).__name__}: {first}); --data DIR reads {instead}"
+    )
+
+
 @dataclass(frozen=True)
 class Item:
     """One question.

@@ -20,8 +20,8 @@ from ..analysis import schema
 from .decode import check, one_step, readable
 from .kernels import compare_at
 from .measure import MeasureError
-from .model import Model
-from .writing import Rows, Written, batches, read_batch, write
+from .model import Model, batches
+from .writing import Rows, Written, read_batch, write
 
 STEPS = 32
 FIGURES = ("kl", "flip")

@@ -17,6 +17,8 @@ from .recipe import Recipe
 Lens = Literal["norm", "raw"]
 _CONTROL = ("forward", "__nnsight__")  # what tracing leaves on a module
 
+BATCH_TOKENS = 2048
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -138,3 +140,14 @@ def placed(
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def batches(lengths: Sequence[int], tokens: int = BATCH_TOKENS) -> list[list[int]]:
+    """Indices of rows, longest first, so many at a time as hold at most `tokens` with their padding."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    found: list[list[int]] = []
+    for i in order:
+        if not found or (len(found[-1]) + 1) * lengths[found[-1][0]] > tokens:
+            found.append([])
+        found[-1].append(i)
+    return found

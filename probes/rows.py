@@ -46,6 +46,11 @@ def choice_item(row: Row, where: str, id: str, prompt: str) -> Item:
     return Item(str(row.get("id", id)), prompt, texts, answer, (choices[answer],))
 
 
+def question_item(row: Row, where: str, id: str) -> Item:
+    """Context and question, then the options themselves."""
+    return choice_item(row, where, id, asked(row, where))
+
+
 def letter_item(row: Row, where: str, id: str, prefix: str = "") -> Item:
     """The options stand in the prompt, one a line, and their letters follow it."""
     choices, answer = choices_of(row, where, twice=True)
@@ -83,6 +88,16 @@ def text_item(row: Row, where: str, id: str, prompt: str) -> Item:
     if not isinstance(aliases, list) or not all(isinstance(a, str) for a in aliases):
         raise TaskError(f"{where}: field 'aliases' must be a list of texts")
     return Item(str(row.get("id", id)), prompt, accepted=tuple(dict.fromkeys([answer, *aliases])))
+
+
+def written_item(row: Row, where: str, id: str) -> Item:
+    """Context and question, answered in writing."""
+    return text_item(row, where, id, asked(row, where))
+
+
+def whole_item(row: Row, where: str, id: str) -> Item:
+    """A text that is read, not answered."""
+    return Item(str(row.get("id", id)), text_of(row, "text", where))
 
 
 def code_item(row: Row, where: str, id: str, prompt: str) -> Item:

@@ -388,11 +388,12 @@ def generate(
     rows = [model.tokenizer(p)["input_ids"] for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     result: list[tuple[str, list[int], bool]] = [("", [], False)] * len(rows)
-    stops, done = _stops(model, until), 0
+    done = 0
     for batch in (order[i : i + BATCH_ROWS] for i in range(0, len(order), BATCH_ROWS)):
+        stops = [_Until(model, until)] if until else []
         for i, tokens in zip(
             batch,
-            extend(model, [rows[i] for i in batch], max_new_tokens, [s() for s in stops]),
+            extend(model, [rows[i] for i in batch], max_new_tokens, stops),
             strict=True,
         ):
             result[i] = _ended(model, tokens, max_new_tokens, until)
@@ -430,26 +431,6 @@ def extend(
     return ids[:, batch["input_ids"].shape[1] :].tolist()
 
 
-def _stops(model: Model, until: Sequence[str]) -> list[Callable[[], Callable[..., Tensor]]]:
-    """Makers of stopping criteria, one for each batch."""
-    if not until:
-        return []
-    if tuple(until) == ("\n",):
-        line_end = _LineEnd(model)
-        return [lambda: line_end]
-    return [lambda: _Until(model, until)]
-
-
-class _LineEnd:
-    """A row has ended once a token holds a line break."""
-
-    def __init__(self, model: Model) -> None:
-        self.breaks = line_breaks(model).to(model.device)
-
-    def __call__(self, ids: Tensor, _scores: Tensor, **_: Any) -> Tensor:
-        return torch.isin(ids[:, -1], self.breaks)
-
-
 class _Until:
     """A row has ended once its text holds one of some strings; the prompt is not looked at."""
 
@@ -465,12 +446,6 @@ class _Until:
         texts = self.tokenizer.batch_decode(tail)
         ended = [any(stop in text for stop in self.until) for text in texts]
         return torch.tensor(ended, device=ids.device)
-
-
-def line_breaks(model: Model) -> Tensor:
-    """Ids of the tokens whose text holds a line break."""
-    texts = model.tokenizer.batch_decode([[i] for i in range(len(model.tokenizer))])
-    return torch.tensor([i for i, text in enumerate(texts) if "\n" in text], dtype=torch.long)
 
 
 def _ended(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..analysis import schema
 from .items import Item, Task, TaskError
-from .model import Model, pad
-from .score import BATCH_TOKENS, split
+from .model import Model, batches, pad
+from .score import split
 
 TOP = 10
 
@@ -75,15 +75,13 @@ def subspace(
     if not asked:
         raise TaskError("none of the tasks is asked by letter; mmlu is, and arc_easy:letters")
     rows: list[dict[str, np.ndarray]] = [{} for _ in asked]
-    order = sorted(range(len(asked)), key=lambda i: -len(asked[i][2]))
     done = 0
-    while done < len(order):
-        batch = order[done : done + max(1, BATCH_TOKENS // len(asked[order[done]][2]))]
+    for batch in batches([len(ids) for _, _, ids, _ in asked]):
         logits = [_logits(m, [asked[i][2] for i in batch]) for m in (dense, candidate)]
         for n, i in enumerate(batch):
             rows[i] = _figures(logits[0][n].double(), logits[1][n].double(), asked[i][3], top)
         done += len(batch)
-        progress(done / len(order))
+        progress(done / len(asked))
     coords: dict[str, Any] = {
         "item": np.arange(len(asked)), "model": list(schema.MODELS), "subset": list(schema.SUBSETS),
         "subspace": list(schema.SPACES[1:]),

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from .benchmarks import BENCHMARKS, MADE, benchmark
 from .embed import is_retrieval, pair_rows, read_retrieval
-from .items import Format, Item, Row, Task, TaskError, rows_of, text_of
-from .rows import asked, choice_item, pair_item, text_item
+from .items import Format, Item, Row, Task, TaskError, rows_of
+from .rows import pair_item, question_item, whole_item, written_item
 from .twins import TWINS, twin
 
 
@@ -90,18 +90,6 @@ def _kind(row: Row, where: str) -> str:
     )
 
 
-def _choice(row: Row, where: str, id: str) -> Item:
-    return choice_item(row, where, id, asked(row, where))
-
-
-def _generation(row: Row, where: str, id: str) -> Item:
-    return text_item(row, where, id, asked(row, where))
-
-
-def _whole(row: Row, where: str, id: str) -> Item:
-    return Item(str(row.get("id", id)), text_of(row, "text", where))
-
-
 _FIELDS = {
     "question+choices": "multiple choice",
     "good+bad": "minimal pairs",
@@ -110,8 +98,8 @@ _FIELDS = {
     "text": "text",
 }
 _KINDS: dict[str, tuple[Callable[[Row, str, str], Item], Format]] = {
-    "multiple choice": (_choice, "choice"),
+    "multiple choice": (question_item, "choice"),
     "minimal pairs": (pair_item, "choice"),
-    "generation": (_generation, "generation"),
-    "text": (_whole, "text"),
+    "generation": (written_item, "generation"),
+    "text": (whole_item, "text"),
 }

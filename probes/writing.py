@@ -15,10 +15,9 @@ from transformers import DynamicCache
 
 from . import trace
 from .items import SEED
-from .model import Model, placed
+from .model import Model, batches, placed
 from .score import extend
 
-BATCH_TOKENS = 2048
 Rows = list[list[int]]
 
 
@@ -104,17 +103,6 @@ def layout(model: Model, rows: Rows, texts: Rows) -> dict[str, Tensor]:
     whole = [[*row, *text[:-1]] for row, text in zip(rows, texts, strict=True)]
     starts = [start - len(row) for row in rows]
     return placed(model, whole, starts, start + max(map(len, texts)) - 1)
-
-
-def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices, longest first, so many at a time as fill BATCH_TOKENS."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    found: list[list[int]] = []
-    for i in order:
-        if not found or (len(found[-1]) + 1) * lengths[found[-1][0]] > BATCH_TOKENS:
-            found.append([])
-        found[-1].append(i)
-    return found
 
 
 def _until_end(ids: list[int], end: int) -> list[int]:
