@@ -8,9 +8,9 @@ DEMO   := runs/demo
 .PHONY: demo test install bench clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.installed  ## compress SmolLM2 four ways, explain what broke, write runs/demo/report.html
-	$(BIN)/prunescope diagnose smollm2 --recipe attn-drop@5 --recipe mlp-drop@3 \
-	    --recipe magnitude@0.3 --recipe rtn@int4-g64 --limit 40 --causes 8 --out $(DEMO)
+demo: $(VENV)/.installed  ## compress SmolLM2 three ways, explain what broke, write runs/demo/report.html
+	$(BIN)/prunescope diagnose smollm2 --recipe attn-drop@5 --recipe magnitude@0.3 \
+	    --recipe rtn@int4-g64 --limit 40 --causes 8 --out $(DEMO)
 
 test: $(VENV)/.tested  ## ruff, strict types, pytest
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from ..analysis import (
     schema,
     theory,
 )
-from . import figures
+from . import answers, figures
 from .picture import Picture, safe
 
 KINDS = ("layers", "causes", "decoding")  # figures of one cell each
@@ -62,7 +62,7 @@ def render(
     *,
     findings: Sequence[Finding] | None = None,
 ) -> Path:
-    """Write `target` (HTML), `summary.json` and `figures/` beside it.
+    """Write `target` (HTML), and `summary.json`, `figures/` and `answers/` beside it.
 
     Args:
         cells: the trees of a study, by name.
@@ -77,6 +77,9 @@ def render(
     _write(
         target.parent / "summary.json", json.dumps(summary(cells, found), indent=1, allow_nan=False)
     )
+    for file, text in answers.pages(cells, _environment(), target).items():
+        file.parent.mkdir(exist_ok=True)
+        _write(file, text)
     _write(target, page(cells, found, pictures))
     return target
 
@@ -85,24 +88,33 @@ def page(
     cells: Mapping[str, xr.DataTree], found: Sequence[Finding], pictures: Sequence[Picture]
 ) -> str:
     """The whole page as text. Everything that a model wrote is escaped by the template."""
+    sections = [_section(name, cell, found, pictures) for name, cell in cells.items()]
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            sections=sections,
+            across=[f for f in found if f.where == "all cells"],
+            shared=[p for p in pictures if p.name.split("-")[0] not in KINDS],
+            verdicts=collapse.VERDICTS,
+            theorems=theory.THEOREMS,
+            answers=answers.places(cells),
+            shade_full=SHADE_FULL,
+            elsewhere=("/steps", "/temperatures", *CAUSES, *TASKS),
+            provenance=next(iter(sections)).attributes if sections else {},
+            made=provenance.stamp(),
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["number"] = _number
-    sections = [_section(name, cell, found, pictures) for name, cell in cells.items()]
-    return environment.get_template("report.html.jinja").render(
-        sections=sections,
-        across=[f for f in found if f.where == "all cells"],
-        shared=[p for p in pictures if p.name.split("-")[0] not in KINDS],
-        verdicts=collapse.VERDICTS,
-        theorems=theory.THEOREMS,
-        shade_full=SHADE_FULL,
-        elsewhere=("/steps", "/temperatures", *CAUSES, *TASKS),
-        provenance=next(iter(sections)).attributes if sections else {},
-        made=provenance.stamp(),
-    )
+    return environment
 
 
 def summary(cells: Mapping[str, xr.DataTree], found: Sequence[Finding]) -> dict[str, Any]:

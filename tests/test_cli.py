@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import xarray as xr
+from prunescope.probes import sandbox
 from prunescope.reports.cli import main
 from prunescope.reports.progress import Progress
 
@@ -35,6 +37,12 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+CODE = json.dumps(
+    {
+        "task": "HumanEval", "id": "h/0", "style": "completion", "prompt": "def f(x):\n",
+        "test": "assert f(2) == 4", "entry_point": "f", "canonical_solution": "    return 2 * x",
+    }
+)  # fmt: skip
 SMALL = ("--tasks", "plurals", "--limit", "6", "--steps", "4")
 
 
@@ -103,6 +111,38 @@ def test_texts_can_be_drawn_and_another_way_of_decoding_is_another_study(
     done = run("diagnose", tiny_folder, "-r", "mlp-drop@1", *SMALL, *drawn, "--out", study[0])
     assert done.returncode == 2
     assert "sampled False there, True asked" in done.stderr
+
+
+def test_code_runs_only_when_allowed_and_prompts_go_through_the_chat_template(
+    tiny_folder, tmp_path
+):
+    from transformers import AutoTokenizer
+
+    try:
+        sandbox.require()
+    except sandbox.SandboxError as error:
+        pytest.skip(str(error))
+    chat = tmp_path / "chat"
+    shutil.copytree(tiny_folder, chat)
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.chat_template = "{% for m in messages %}ASK {{ m.content }} SAY{% endfor %}"
+    tokenizer.save_pretrained(chat)
+    (tmp_path / "humaneval.jsonl").write_text(CODE)
+    done = run(
+        "diagnose", chat, "-r", "mlp-drop@1", "--data", tmp_path, "--tasks", "humaneval,plurals",
+        "--limit", "6", "--steps", "4", "--causes", "0", "--chat", "--allow-code-execution", "--out", tmp_path / "o",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with xr.open_datatree(tmp_path / "o" / "cells" / "mlp-drop@1.nc") as cell:
+        scores = cell["scores"].to_dataset().load()
+        request = json.loads(cell.attrs["request"])
+    assert request["chat"]
+    assert request["allow_code_execution"]
+    asked = scores.prompt_text.values[scores.format.values == "generation"]
+    assert [str(p).startswith("ASK ") for p in asked] == [False] + [True] * 6
+    assert not any(
+        "ASK" in str(p) for p in scores.prompt_text.values[scores.format.values == "choice"]
+    )
 
 
 def test_steps_past_the_context_are_refused(tiny_folder, tmp_path):
@@ -214,6 +254,25 @@ def test_compress_saves_and_compare_reads_it(tiny_folder, tmp_path):
             "bad.jsonl:2",
         ),
         (("diagnose", "MODEL", "-r", "rtn@int8", "--out", "FULL"), "holds something else"),
+        (
+            (
+                "diagnose",
+                "MODEL",
+                "-r",
+                "rtn@int8",
+                "--data",
+                "CODE",
+                "--tasks",
+                "humaneval",
+                "--out",
+                "OUT",
+            ),
+            "give --allow-code-execution to run them in a sandbox",
+        ),
+        (
+            ("diagnose", "MODEL", "-r", "rtn@int8", "--tasks", "plurals", "--chat", "--out", "OUT"),
+            "has no chat template; leave --chat out",
+        ),
         (("diagnose", "MODEL", "--out", "OUT"), "Missing option"),
         (("compress", "MODEL", "-r", "rtn@int8", "--out", "FULL"), "not empty"),
         (("report", "FULL", "--out", "x.html"), "no study.json"),
@@ -228,7 +287,10 @@ def test_unusable_input_ends_with_status_2_before_any_work(
     (tmp_path / "full" / "theirs.txt").write_text("keep me")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "bad.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": \n')
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "humaneval.jsonl").write_text(CODE)
     names = {
+        "CODE": tmp_path / "code",
         "MODEL": tiny_folder,
         "OUT": tmp_path / "out",
         "EMPTY": tmp_path / "empty.txt",

@@ -57,7 +57,7 @@ def test_every_picture_says_what_it_shows(rendered):
 def test_nothing_comes_from_the_network_and_it_is_small(rendered):
     page = rendered[2]
     assert len(page) < 3_000_000
-    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    assert not re.search(r'(src|href)="(?!data:|#|answers/)', page)
     assert "@import" not in page
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
@@ -98,3 +98,22 @@ def test_a_cell_with_fewer_groups_still_renders(tmp_path):
             {"/": whole.to_dataset(), **{f"/{n}": d for n, d in part.items()}}
         )
         assert render({"x": cell}, tmp_path / group / "report.html").exists()
+
+
+def test_every_answer_of_both_models_is_a_page_away(rendered):
+    cells, file, page = rendered
+    links = re.findall(r'href="(answers/[^"]+)"', page)
+    assert len(links) == len(cells)
+    for link, cell in zip(links, cells.values(), strict=True):
+        text = (file.parent / link).read_text("utf-8")
+        reader = Reader()
+        reader.feed(text.replace('<input type="radio"', "<br"))
+        assert reader.stack == []
+        rows = re.findall(r'<tr class="item (\w+)"', text)
+        assert len(rows) == cell["scores"].sizes["item"]
+        dense, candidate = cell["scores"].score.values.T == 1
+        assert rows.count("lost") == int((dense & ~candidate).sum()) > 0
+        assert rows.count("kept") == int((dense & candidate).sum())
+        assert f'href="../{file.name}"' in text
+        for raw in ("<script", "<img src=x", "<b>prompt"):
+            assert raw not in text

@@ -9,7 +9,7 @@ from prunescope.probes.sandbox import SandboxError, passes
 from prunescope.probes.score import judge
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def isolated():
     try:
         sandbox.require()
@@ -17,6 +17,41 @@ def isolated():
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def forgetful():
+    """What was found out about this platform is forgotten, before and after."""
+    sandbox.require.cache_clear()
+    yield
+    sandbox.require.cache_clear()
+
+
+def test_without_the_means_nothing_is_run(monkeypatch, forgetful):
+    monkeypatch.setattr(sandbox.shutil, "which", lambda _: None)
+    monkeypatch.setattr(sandbox, "_status", lambda *_: pytest.fail("it was run"))
+    with pytest.raises(SandboxError, match="needs `unshare` and `mount`"):
+        passes("pass")
+
+
+@pytest.mark.parametrize(
+    ("ends_well", "message"),
+    [
+        (lambda _: False, "`unshare` fails"),  # as where namespaces are refused
+        (lambda p: p == "pass" or "socket" in p, "the network is within reach"),
+        (lambda p: p == "pass" or "mkstemp" in p, "files can be written"),
+    ],
+)
+def test_a_platform_that_does_not_isolate_is_refused(monkeypatch, forgetful, ends_well, message):
+    tried = []
+    monkeypatch.setattr(
+        sandbox, "_status", lambda p, _: tried.append(p) or (0 if ends_well(p) else 1)
+    )
+    monkeypatch.setattr(sandbox.shutil, "which", lambda name: f"/bin/{name}")
+    with pytest.raises(SandboxError, match=message):
+        passes("print('the model wrote this')")
+    assert "print('the model wrote this')" not in tried
+
+
+@pytest.mark.usefixtures("isolated")
 @pytest.mark.parametrize(
     ("program", "right"),
     [
@@ -34,6 +69,7 @@ def test_programs_run_within_their_limits(program, right):
     assert passes(program) == right
 
 
+@pytest.mark.usefixtures("isolated")
 def test_nothing_outside_can_be_written(tmp_path):
     tmp_path.chmod(0o777)
     assert not passes(f"open({str(tmp_path / 'x')!r}, 'w')")
@@ -41,6 +77,7 @@ def test_nothing_outside_can_be_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("isolated")
 def test_time_runs_out_and_the_whole_group_is_killed(tmp_path):
     mark = f"prunescope-{os.getpid()}"
     program = (
@@ -56,10 +93,12 @@ def test_time_runs_out_and_the_whole_group_is_killed(tmp_path):
     assert not any(mark.encode() in line and b"sleep(60)" in line for line in running)
 
 
+@pytest.mark.usefixtures("isolated")
 def test_a_flood_of_processes_ends():
     assert not passes("import os\nwhile True: os.fork()", seconds=2)
 
 
+@pytest.mark.usefixtures("isolated")
 def test_code_is_judged_by_its_tests():
     item = Item("c", "def f(x):\n", tests=f"def f(x):\n{WRITTEN}\nassert f(2) == 4\n")
     task = Task("t", "generation", (item,), grade="code")
@@ -67,6 +106,7 @@ def test_code_is_judged_by_its_tests():
     assert judge(task, item, "    return x", [1], True).score == 0
 
 
+@pytest.mark.usefixtures("isolated")
 @pytest.mark.smollm2
 def test_the_reference_solutions_of_the_benchmarks_pass(shared_data):
     from prunescope.probes import load_tasks
