@@ -7,7 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
-from . import cause_findings, collapse, decoding_findings, hierarchy, task_findings, theory
+from . import (
+    cause_findings,
+    collapse,
+    decoding_findings,
+    hierarchy,
+    neuron_findings,
+    task_findings,
+    theory,
+)
 from .finding import Finding, claimed, group
 from .statistics import Interval, bootstrap
 
@@ -36,7 +44,7 @@ def diagnose(cells: Mapping[str, xr.DataTree] | xr.DataTree) -> list[Finding]:
         steps, further = group(cell, "steps"), group(cell, "temperatures")
         if steps is not None:
             found += decoding_findings.tell(name, steps, further)
-    return found + _compare(named)
+    return found + _compare(named) + neuron_findings.across(named)
 
 
 def _name(cell: xr.DataTree) -> str:

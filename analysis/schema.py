@@ -18,6 +18,7 @@ import xarray as xr
 
 VERSION = "1"
 H = "arXiv 2603.24652"
+N = "arXiv 2604.27115"
 
 
 class SchemaError(ValueError):
@@ -165,6 +166,21 @@ SCHEMA: dict[str, dict[str, Variable]] = {
     "repairs": {
         "score": Variable(("item", "arm"), "1", "1 right, 0 wrong, with some sublayers given back"),
     },
+    "neurons": {
+        "activation": Variable(
+            ("layer", "neuron", "texts"), "1", "mean |act(gate) up|, over tokens, then items", N
+        ),
+        "spread": Variable(
+            ("layer", "neuron", "texts"), "1", "standard deviation of it over items"
+        ),
+        "selectivity": Variable(
+            ("layer", "neuron", "metric"), "1", "how much more the target task excites it", N
+        ),
+        "salience": Variable(
+            ("layer", "neuron"), "1", "target activation times the norm of what it writes"
+        ),
+        "kept": Variable(("layer", "neuron"), "1", "1 where it stays, 0 where it was cut"),
+    },
     "cost": {
         "parameters": Variable(("model",), "1", "parameters, shared ones once"),
         "nonzero": Variable(("model",), "1", "parameters that are not zero"),
@@ -189,6 +205,7 @@ EFFECTS = ("local", "propagated")
 HISTORIES = ("step", "forced", "free", "swapped")
 MODELS = ("dense", "candidate")
 SUBSETS = ("options", "top", "whole")
+TEXTS = ("target", "control")  # that neurons are ranked by
 SPANS = ("all", "last")  # dense states at all positions, or only where the answer is predicted
 SWAPS = ("denoise", "noise")  # a dense sublayer in the candidate, and the other way round
 PARTS = ("parallel", "orthogonal", "common", "rest", "top", "tail")

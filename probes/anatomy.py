@@ -32,6 +32,21 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Neurons:
+    """The neurons of an MLP, as paths inside a decoder layer.
+
+    `into` are the matrices whose outputs are neurons (each holding them `fused` times over, one
+    run after the other), `out` the matrix that reads them; `width` is what configurations call
+    their number.
+    """
+
+    into: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    out: str = "mlp.down_proj"
+    fused: int = 1
+    width: str = "intermediate_size"
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Paths of the roles inside the model, and how a layer puts its two contributions together.
 
@@ -46,6 +61,7 @@ class Anatomy:
     attn: Part
     mlp: Part
     parallel: bool = False
+    neurons: Neurons = Neurons()
 
     def part(self, sublayer: Sublayer) -> Part:
         """The attention or the MLP part."""
@@ -86,6 +102,7 @@ _GPT2 = Anatomy(
     unembed="lm_head",
     attn=Part(("attn",), norm="ln_1"),
     mlp=Part(("mlp",), norm="ln_2"),
+    neurons=Neurons(("mlp.c_fc",), "mlp.c_proj", width="n_inner"),
 )
 _NEOX = Anatomy(
     layers="gpt_neox.layers",
@@ -94,6 +111,7 @@ _NEOX = Anatomy(
     unembed="lm_head",
     attn=Part(("attention",), norm="input_layernorm"),
     mlp=Part(("mlp",), norm="post_attention_layernorm"),
+    neurons=Neurons(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
 )
 _OPT = Anatomy(
     layers="model.decoder.layers",
@@ -102,7 +120,9 @@ _OPT = Anatomy(
     unembed="lm_head",
     attn=Part(("self_attn",), norm="self_attn_layer_norm"),
     mlp=Part(("fc1", "activation_fn", "fc2"), norm="final_layer_norm"),
+    neurons=Neurons(("fc1",), "fc2", width="ffn_dim"),
 )
+_PHI3 = replace(_LLAMA, neurons=Neurons(("mlp.gate_up_proj",), fused=2))
 
 ANATOMIES: dict[str, Anatomy] = {
     "llama": _LLAMA,
@@ -112,7 +132,7 @@ ANATOMIES: dict[str, Anatomy] = {
     "gemma": _LLAMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
-    "phi3": _LLAMA,
+    "phi3": _PHI3,
     "olmo2": _OLMO2,
     "smollm3": _LLAMA,
     "gpt2": _GPT2,
@@ -216,6 +236,12 @@ class Nothing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Zeros like `x`."""
         return torch.zeros_like(x)
+
+
+def paths(anatomy: Anatomy, sublayer: Sublayer) -> list[str]:
+    """Everything that belongs to a sublayer, as paths inside a decoder layer."""
+    part = anatomy.part(sublayer)
+    return [p for p in (part.norm, *part.body, part.post) if p is not None]
 
 
 def drop(anatomy: Anatomy, block: nn.Module, sublayer: Sublayer, layer: int) -> None:

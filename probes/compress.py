@@ -7,24 +7,26 @@ never touched.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import backends, prune, rank
+from . import backends, neurons, prune, rank
 from .anatomy import SUBLAYERS, Sublayer, drop, dropped, linears, matrices_of
 from .layerwise import Layer, sequences, walk
 from .model import Model
 from .prune import Moments, Share
 from .rank import calibration_texts
 from .recipe import (
+    METHODS,
     Amount,
     Count,
     Integer,
     Layers,
+    Neurons,
     Pattern,
     Place,
     Ratio,
@@ -33,6 +35,7 @@ from .recipe import (
     Scheme,
     Step,
 )
+from .width import cut, width, widths
 
 SEED = 24652
 
@@ -48,6 +51,7 @@ class Job:
     seed: int
     progress: Callable[[float], None]
     keep: tuple[Place, ...] = ()
+    ranking: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
 
     def kept(self) -> list[str]:
         """Paths, inside the decoder layers, of what stays as it is."""
@@ -70,6 +74,7 @@ def compress(
     recipe: Recipe,
     *,
     calibration: Sequence[str] | None = None,
+    ranking: Mapping[str, Sequence[str]] | None = None,
     seed: int = SEED,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Model:
@@ -79,7 +84,8 @@ def compress(
         dense: the model to compress; it stays as it is.
         recipe: what to do, step by step, left to right.
         calibration: texts for ranking and calibration (default: those that ship with us).
-        seed: of the lots that `random` draws.
+        ranking: name of a task -> texts that may rank neurons for it (default: `neurons.pools`).
+        seed: of the lots that are drawn.
         progress: called with the share of the work that is done.
 
     Returns:
@@ -89,7 +95,8 @@ def compress(
         RecipeError: an amount that this model does not allow, or a recipe that changes no weight.
     """
     check(dense, recipe)
-    candidate = dense.clone(recipe=recipe, achieved={})
+    candidate = dense.clone(recipe=recipe, achieved={}, measured={})
+    named = ranking if ranking is not None else neurons.pools(ranked_by(recipe))
     texts = list(calibration) if calibration is not None else calibration_texts()
     steps = len(recipe.steps)
     for i, step in enumerate(recipe.steps):
@@ -98,7 +105,8 @@ def compress(
         def tick(done: float, i: int = i) -> None:
             progress((i + done) / steps)
 
-        _APPLY[step.method](Job(candidate, step.method, step.amount, texts, seed, tick, step.keep))
+        job = Job(candidate, step.method, step.amount, texts, seed, tick, step.keep, named)
+        _APPLY[step.method](job)
         after = {name: id(p) for name, p in candidate.module.named_parameters()}
         if before == after:
             raise RecipeError(f"recipe '{step}' changed no weight of {dense.label}")
@@ -106,6 +114,12 @@ def compress(
     candidate.achieved["recipe"] = str(recipe)
     candidate.achieved["calibration"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     return candidate
+
+
+def ranked_by(recipe: Recipe) -> list[str]:
+    """The tasks whose items rank neurons."""
+    amounts = [step.amount for step in recipe.steps if isinstance(step.amount, Neurons)]
+    return [name for amount in amounts for name in (amount.target, *amount.control)]
 
 
 def check(dense: Model, recipe: Recipe) -> None:
@@ -117,6 +131,7 @@ def check(dense: Model, recipe: Recipe) -> None:
         BackendError: a library that is not installed or cannot quantize this model.
     """
     _check_packing(dense, recipe)
+    multiple = 0  # of the widths that are left, once neurons were cut
     for step in recipe.steps:
         if step.keep and max(layer for _, layer in step.keep) >= dense.layer_count:
             raise RecipeError(
@@ -129,14 +144,17 @@ def check(dense: Model, recipe: Recipe) -> None:
                     f"recipe '{step}': {dense.name} has {there} {'sub' if joint else ''}layers; "
                     f"1 to {there - 1} can be dropped"
                 )
+            case Neurons() as amount:
+                _check_multiple(dense, str(step), amount.multiple)
+                multiple = amount.multiple
             case Pattern(_, of):
-                _check_group(dense, str(step), of)
+                _check_group(dense, str(step), of, multiple)
             case Layers(layers) if max(layers) >= dense.layer_count:
                 raise RecipeError(
                     f"recipe '{step}': {dense.name} has layers 0 to {dense.layer_count - 1}"
                 )
             case Integer() as amount if group := _group(step.method, amount):
-                _check_group(dense, str(step), group)
+                _check_group(dense, str(step), group, multiple)
             case _:
                 pass
 
@@ -159,7 +177,21 @@ def _group(method: str, amount: Integer) -> int:
     return amount.group or (backends.GROUP if method == "torchao" and amount.bits == 4 else 0)
 
 
-def _check_group(dense: Model, step: str, group: int) -> None:
+def _check_multiple(dense: Model, step: str, multiple: int) -> None:
+    narrowest = min(n for n in widths(dense.anatomy, dense.module) if n)
+    if multiple >= narrowest:
+        raise RecipeError(
+            f"recipe '{step}': an MLP of {dense.name} has {narrowest} neurons, so multiple={multiple} "
+            "leaves nothing to cut; choose a smaller one"
+        )
+
+
+def _check_group(dense: Model, step: str, group: int, multiple: int = 0) -> None:
+    if multiple and multiple % group:
+        raise RecipeError(
+            f"recipe '{step}': neurons are cut to widths that {multiple} divides and {group} may not; cut "
+            f"with multiple={group}"
+        )
     for name, module in linears(dense.anatomy, dense.module).items():
         width = _matrix(module).shape[1]
         if width % group:
@@ -221,6 +253,40 @@ def _remove(candidate: Model, kind: str, layer: int) -> None:
             drop(candidate.anatomy, block, sublayer, layer)
             lists = candidate.achieved.setdefault("dropped", {})
             lists.setdefault(sublayer, []).append(layer)
+
+
+# --- cutting neurons -----------------------------------------------------------------------------
+
+
+def _cut_neurons(job: Job) -> None:
+    assert isinstance(job.amount, Neurons)
+    candidate, amount = job.candidate, job.amount
+    anatomy, blocks = candidate.anatomy, candidate.anatomy.blocks(candidate.module)
+    seed = job.seed if amount.seed is None else amount.seed
+    texts = [neurons.drawn(job.ranking[amount.target], seed)]
+    texts.append([t for name in amount.control for t in neurons.drawn(job.ranking[name], seed)])
+    sides = [
+        neurons.activity(
+            candidate, side or job.texts, lambda done, i=i: job.progress((i + done) / 2)
+        )
+        for i, side in enumerate(texts)
+    ]
+    before = [width(anatomy, block) for block in blocks]
+    whole = [layer for site, layer in job.keep if site == "mlp"]
+    stay = neurons.kept(candidate, job.method, amount, sides[0], sides[1], seed, whole)
+    data = neurons.dataset(candidate, sides[0], sides[1], stay)
+    for block, chosen in zip(blocks, stay, strict=True):
+        if len(chosen) < width(anatomy, block):
+            cut(anatomy, block, chosen)
+    after = [len(chosen) for chosen in stay]
+    candidate.measured["neurons"] = data
+    candidate.achieved["neurons"] = {
+        "order": job.method.removeprefix("neurons-"), "asked": amount.share,
+        "cut": 1 - sum(after) / sum(before), "target": amount.target, "control": list(amount.control),
+        "metric": amount.metric, "scope": amount.scope, "seed": seed, "widths": after,
+        "items": [len(sides_) for sides_ in texts],
+        "ranked": neurons.marks([t for side in texts for t in side]),
+    }  # fmt: skip
 
 
 # --- zeroing and rounding ------------------------------------------------------------------------
@@ -370,6 +436,7 @@ _APPLY: dict[str, Callable[[Job], None]] = {
     "mlp-drop": _dropper("mlp"),
     "block-drop": _dropper("block"),
     "joint-drop": _dropper("attn", "mlp"),
+    **{name: _cut_neurons for name in METHODS if name.startswith("neurons-")},
     "magnitude": _magnitude,
     "random": _random,
     "wanda": _calibrated,

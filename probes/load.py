@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import torch
 from torch import nn
 
 from . import backends, trace
-from .anatomy import SUBLAYERS, Anatomy, anatomy_of, drop
+from .anatomy import SUBLAYERS, Anatomy, anatomy_of, drop, paths
 from .model import Model
 from .recipe import Recipe
+from .width import narrow
 
 DEFAULT = "smollm2"
 MANIFEST = "prunescope.json"
@@ -190,11 +191,50 @@ def _module(folder: Path, manifest: dict[str, Any], dtype: torch.dtype, trust: b
     if "config" in manifest:  # drops that transformers cannot express: see `save`
         config = {**manifest["config"]}
         options["config"] = AutoConfig.for_model(config.pop("model_type"), **config)
+    kind: Any = AutoModelForCausalLM
+    if "widths" in manifest:
+        kind = _narrowed(options["config"], manifest["widths"])
     with _quiet():
         try:
-            return AutoModelForCausalLM.from_pretrained(folder, **options)
+            module, told = kind.from_pretrained(folder, output_loading_info=True, **options)
         except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
             raise LoadError(f"{folder}: transformers cannot load it ({error})") from error
+    missing = _missing(told["missing_keys"], manifest, anatomy_of(module.config))
+    if missing:  # transformers would go on with random weights
+        raise LoadError(
+            f"{folder}: {len(missing)} weights of its configuration are not in its files, as "
+            f"{', '.join(missing[:3])}; fetch or save it again"
+        )
+    return module
+
+
+def _missing(names: Iterable[str], manifest: dict[str, Any], anatomy: Anatomy) -> list[str]:
+    """Of weights that no file has, those that should be there: no part of a dropped sublayer."""
+    gone = tuple(
+        f"{anatomy.layers}.{manifest['kept'].index(layer)}.{path}."
+        for sublayer, layers in manifest.get("dropped", {}).items()
+        for layer in layers
+        for path in paths(anatomy, sublayer)
+    )
+    return sorted(name for name in names if not name.startswith(gone))
+
+
+def _narrowed(config: Any, sizes: list[int]) -> Any:
+    """The class of a model whose layers differ in width: built at the full one, then narrowed."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    whole: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+    class Narrowed(whole):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            narrow(anatomy_of(config), self, sizes)
+
+    Narrowed.__name__, Narrowed.__module__ = (
+        whole.__name__,
+        whole.__module__,
+    )  # by which weights are renamed
+    return Narrowed
 
 
 def _tokenizer(folder: Path, trust: bool) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+import xarray as xr
 from torch import Tensor, nn
 
 from .anatomy import Anatomy
@@ -25,7 +26,8 @@ class Model:
     """A causal language model.
 
     `name` is what the user asked for, `weights` the SHA-256 of its weights, `recipe` what was done
-    to it (None: dense), `achieved` what that came to, as plain JSON values.
+    to it (None: dense), `achieved` what that came to, as plain JSON values, and `measured` what was
+    measured on the way, by group of the schema.
     """
 
     module: Any
@@ -35,6 +37,7 @@ class Model:
     weights: str
     recipe: Recipe | None = None
     achieved: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, xr.Dataset] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

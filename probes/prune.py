@@ -139,24 +139,37 @@ def sparsegpt(matrix: Tensor, moments: Moments, share: Share) -> Tensor:
         gone = share.mask((weights / diagonal) ** 2, by_row=False)
         return lambda column, values: values.masked_fill(gone[:, column], 0)
 
-    return _compensate(matrix, moments, settle, share.of or COLUMNS)
+    hessian = moments.hessian() / max(1, moments.tokens)
+    return _compensated(matrix, hessian, settle, share.of or COLUMNS)
 
 
 def gptq(matrix: Tensor, moments: Moments, bits: int, group: int) -> Tensor:
-    """Round column by column; what is left makes up for the error, in the metric of x xᵀ."""
-    whole = grid(matrix.float(), bits) if not group else None
+    """Round column by column; what is left makes up for the error, in the metric of x xᵀ.
 
-    def settle(_: int, weights: Tensor, __: Tensor) -> Callable[[int, Tensor], Tensor]:
-        scale, zero = whole if whole is not None else grid(weights, bits)
-        return lambda _, values: _on_grid(values[:, None], scale, zero, bits)[:, 0]
+    Columns that read most come first (`act-order` of the released code), each on the grid of its own
+    group of the weights as they were (`static-groups`).
+    """
+    hessian = moments.hessian() / max(1, moments.tokens)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    grids = grid(matrix.float().unflatten(1, (-1, group or matrix.shape[1])), bits)
+    scale, zero = (
+        g[..., 0].repeat_interleave(group or matrix.shape[1], 1)[:, order] for g in grids
+    )
 
-    return _compensate(matrix, moments, settle, group or COLUMNS)
+    def settle(start: int, _: Tensor, __: Tensor) -> Callable[[int, Tensor], Tensor]:
+        def change(column: int, values: Tensor) -> Tensor:
+            return _on_grid(values, scale[:, start + column], zero[:, start + column], bits)
+
+        return change
+
+    found = _compensated(matrix[:, order], hessian[order][:, order], settle, COLUMNS)
+    return found[:, order.argsort()]
 
 
-def _compensate(matrix: Tensor, moments: Moments, settle: Settle, every: int) -> Tensor:
+def _compensated(matrix: Tensor, hessian: Tensor, settle: Settle, every: int) -> Tensor:
     """The update of optimal brain surgery, columns in order; `settle` is asked every so many."""
     weights = matrix.float().clone()
-    inverse, dead = _inverse(moments.hessian() / max(1, moments.tokens))
+    inverse, dead = _inverse(hessian)
     weights[:, dead] = 0
     step = max(every, COLUMNS // every * every)
     for start in range(0, weights.shape[1], step):

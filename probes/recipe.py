@@ -9,6 +9,8 @@ wanda@2:4                      two of every four weights, by |w| times the size 
 rtn@int4-g64                   4-bit integers, one scale per 64 weights
 bitsandbytes@nf4               packed by another library
 rtn@int4-g64-keep=mlp.29       all but one sublayer
+neurons-reverse@0.1,target=counting,control=capitals
+                               the MLP neurons that one task excites most beside another, cut out
 attn-drop@4+rtn@int8           one after the other
 """
 
@@ -18,7 +20,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class RecipeError(ValueError):
@@ -90,7 +92,38 @@ class Scheme:
         return self.name
 
 
-Amount = Count | Layers | Ratio | Pattern | Integer | Scheme
+SELECTIVITIES = ("normalised", "difference", "ratio", "standardised")
+SCOPES = ("layer", "global")
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """This share of the MLP neurons, ranked by how much a target task excites them.
+
+    `control` are the tasks that it is held against (none: the calibration texts), `scope` whether
+    every layer loses the same share, `multiple` what divides the width that is kept, `seed` draws
+    the items that rank and the order of `neurons-random` (none: the seed of the run).
+    """
+
+    share: float
+    target: str = "addition"
+    control: tuple[str, ...] = ()
+    metric: str = "normalised"
+    scope: str = "layer"
+    multiple: int = 8
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        options: dict[str, object] = {
+            "target": self.target, "control": "/".join(self.control), "metric": self.metric,
+            "scope": self.scope, "multiple": self.multiple, "seed": self.seed,
+        }  # fmt: skip
+        usual = Neurons(self.share)
+        told = [f",{k}={v}" for k, v in options.items() if getattr(self, k) != getattr(usual, k)]
+        return f"{self.share:g}{''.join(told)}"
+
+
+Amount = Count | Layers | Ratio | Pattern | Integer | Scheme | Neurons
 RANKINGS = ("cosine", "kl", "var-r")
 
 
@@ -127,10 +160,7 @@ def _share_amount(text: str) -> Amount:
         keep, of = int(match[1]), int(match[2])
         if keep < of:
             return Pattern(keep, of)
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
+    share = _number(text)
     if 0 < share < 1:
         return Ratio(float(f"{share:g}"))
     raise RecipeError(
@@ -160,6 +190,41 @@ def _bitsandbytes_amount(text: str) -> Amount:
     raise RecipeError("nf4 or int8")
 
 
+_OPTIONS: dict[str, str] = {
+    "target": r"[\w.:-]+", "control": r"[\w.:-]+(/[\w.:-]+)*", "metric": "|".join(SELECTIVITIES),
+    "scope": "|".join(SCOPES), "multiple": r"[1-9]\d*", "seed": r"\d+",
+}  # fmt: skip
+
+
+def _neurons_amount(text: str) -> Amount:
+    share, *options = text.split(",")
+    pairs = [part.partition("=") for part in options]
+    given = {name: value for name, _, value in pairs}
+    ratio = _number(share)
+    if (
+        not 0 < ratio < 1
+        or len(given) < len(options)
+        or not all(re.fullmatch(_OPTIONS.get(n, "(?!)"), v) for n, v in given.items())
+    ):
+        raise RecipeError(
+            "a share of the neurons between 0 and 1, with target=TASK, control=TASK/TASK, "
+            f"metric={'|'.join(SELECTIVITIES)}, scope={'|'.join(SCOPES)}, multiple=N, seed=N if any, as "
+            "neurons-reverse@0.1,target=counting,control=capitals"
+        )
+    values: dict[str, Any] = {**given}
+    values |= {n: int(given[n]) for n in ("multiple", "seed") if n in given}
+    if "control" in given:
+        values["control"] = tuple(given["control"].split("/"))
+    return Neurons(float(f"{ratio:g}"), **values)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return -1.0
+
+
 class Method(NamedTuple):
     """A row of the table of recipes: how its amount is read, an example, one line of help."""
 
@@ -187,6 +252,23 @@ METHODS: dict[str, Method] = {
         _share_amount, "sparsegpt@2:4", "zero weights and let the rest make up for them"
     ),
     "random": Method(_share_amount, "random@0.5", "zero weights by lot, the control"),
+    "neurons-selective": Method(
+        _neurons_amount,
+        "neurons-selective@0.15",
+        "cut out the MLP neurons least specific to a task",
+    ),
+    "neurons-reverse": Method(
+        _neurons_amount, "neurons-reverse@0.1", "cut out the MLP neurons most specific to a task"
+    ),
+    "neurons-random": Method(
+        _neurons_amount, "neurons-random@0.15", "cut out as many by lot, the control"
+    ),
+    "neurons-salience": Method(
+        _neurons_amount, "neurons-salience@0.15", "cut out those that do least on a task"
+    ),
+    "neurons-salience-reverse": Method(
+        _neurons_amount, "neurons-salience-reverse@0.1", "cut out those that do most on a task"
+    ),
     "rtn": Method(_integer_amount, "rtn@int4-g64", "round weights to integers, group by group"),
     "gptq": Method(
         _integer_amount, "gptq@int4-g64", "round and let the other weights make up for it"

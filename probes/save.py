@@ -17,6 +17,7 @@ from torch import nn
 from .anatomy import SUBLAYERS, Anatomy, dropped
 from .load import DEPTH, MANIFEST, PER_LAYER, depth_of, set_layers
 from .model import Model
+from .width import widths
 
 OWN_TYPE = "prunescope-candidate"
 
@@ -53,20 +54,36 @@ def save(candidate: Model, folder: Path | str) -> Path:
     if len(kept) < candidate.layer_count:
         manifest["depth"] = depth
     gone = {s: [i for i in layers if i in kept] for s, layers in gone.items()}
+    sizes = widths(candidate.anatomy, module)
+    uneven = _set_width(candidate.anatomy, module.config, sizes)
+    own = uneven or any(gone.values())
     if any(gone.values()):
         _leave_plain(candidate.anatomy, module.config, gone, kept)
-        manifest |= {
-            "dropped": gone,
-            "config": module.config.to_dict(),
-        }  # numbers of the full model
+        manifest["dropped"] = gone
+    if uneven:
+        manifest["widths"] = sizes
+    if own:
+        manifest["config"] = module.config.to_dict()  # numbers of the full model
     folder.mkdir(parents=True, exist_ok=True)
     module.save_pretrained(folder)
     candidate.tokenizer.save_pretrained(folder)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
-    if any(gone.values()):
+    for name, data in candidate.measured.items():
+        data.to_netcdf(folder / f"{name}.nc", engine="h5netcdf")
+    if own:
         _hide_from_transformers(folder)
-    (folder / "README.md").write_text(_readme(candidate, manifest, any(gone.values())), "utf-8")
+    (folder / "README.md").write_text(_readme(candidate, manifest, own), "utf-8")
     return folder
+
+
+def _set_width(anatomy: Anatomy, config: Any, sizes: list[int]) -> bool:
+    """Write the width of the MLPs into the configuration; whether they differ, so that it cannot be."""
+    there = {n for n in sizes if n}
+    if len(there) != 1:
+        return len(there) > 1
+    if hasattr(config, anatomy.neurons.width):
+        setattr(config, anatomy.neurons.width, there.pop())
+    return False
 
 
 def _dropped(anatomy: Anatomy, module: nn.Module) -> dict[str, list[int]]:
@@ -120,7 +137,7 @@ def _hide_from_transformers(folder: Path) -> None:
 
 def _readme(candidate: Model, manifest: dict[str, Any], own: bool) -> str:
     plain = (
-        "Single sublayers were removed, which transformers cannot express: load it with\n"
+        "Single sublayers were removed, or layers differ in width, which transformers cannot\nexpress: load it with\n"
         "`prunescope.probes.load(folder)`. transformers refuses the folder by its model type,\n"
         "since it would fill the gaps with random weights."
         if own

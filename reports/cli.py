@@ -169,6 +169,7 @@ def compress(
     ],
     model: ModelArg = "smollm2",
     calibration: CalibrationOption = None,
+    data: DataOption = None,
     seed: SeedOption = 24652,
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
@@ -177,14 +178,15 @@ def compress(
     """Compress MODEL and save the candidate, with a note on how it loads back."""
     from ..probes import compress as carry_out
     from ..probes import load, save
-    from ..probes.compress import check
+    from ..probes.compress import check, ranked_by
     from ..probes.load import exists
+    from ..probes.neurons import pools
     from ..probes.save import check_target
     from .request import read_calibration
 
     what = Recipe.parse(recipe)
     exists(model)
-    texts = read_calibration(calibration)
+    texts, ranking = read_calibration(calibration), pools(ranked_by(what), data)
     check_target(out)
     with Progress() as progress:
         with progress.task(f"loading {model}"):
@@ -197,7 +199,9 @@ def compress(
             )
         check(dense, what)
         with progress.task(f"{what}") as tick:
-            candidate = carry_out(dense, what, calibration=texts, seed=seed, progress=tick)
+            candidate = carry_out(
+                dense, what, calibration=texts, ranking=ranking, seed=seed, progress=tick
+            )
         with progress.task(f"saving to {out}"):
             save(candidate, out)
         progress.say(f"{candidate.label}: {candidate.achieved}; saved in {out}")

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 
 from ..analysis import collapse, decoding, hierarchy, theory
 from .cause_figures import causes
+from .neuron_figures import cut, selectivity
 from .picture import STYLE, Picture, finish, having, safe
 from .task_figures import subspace
 
@@ -350,6 +351,8 @@ def _theory_panel(
 FIGURES: tuple[Callable[[Mapping[str, xr.DataTree]], list[Picture]], ...] = (
     retention,
     subspace,
+    cut,
+    selectivity,
     layers,
     theorems,
     validity,

@@ -26,7 +26,7 @@ from ..analysis import (
 from . import answers, figures
 from .picture import Picture, safe
 
-KINDS = ("layers", "causes", "decoding")  # figures of one cell each
+KINDS = ("layers", "causes", "decoding", "neurons")  # figures of one cell each
 CHANGED = 4  # changed answers shown per cell
 TASKS = ("/subspace", "/perplexity", "/retrieval", "/similarity", "/scores, benchmarks")
 CAUSES = ("/patches", "/memory", "/repairs")  # what the section on causes rests on
@@ -94,8 +94,13 @@ def page(
         .get_template("report.html.jinja")
         .render(
             sections=sections,
-            across=[f for f in found if f.where == "all cells"],
-            shared=[p for p in pictures if p.name.split("-")[0] not in KINDS],
+            across=[
+                f for f in found if f.where == "all cells" and f.evidence != "/scores, neurons"
+            ],
+            shared=[
+                p for p in pictures if p.name == "neurons" or p.name.split("-")[0] not in KINDS
+            ],
+            cuts=[f for f in found if f.evidence == "/scores, neurons"],
             verdicts=collapse.VERDICTS,
             theorems=theory.THEOREMS,
             answers=answers.places(cells),

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 
 from ..probes import sandbox
+from ..probes.compress import ranked_by
 from ..probes.items import SEED, Task
 from ..probes.load import DTYPES, exists
+from ..probes.neurons import pools
 from ..probes.recipe import Recipe
 from ..probes.tasks import load_tasks
 from ..probes.texts import read_texts
@@ -63,6 +65,7 @@ class Plan:
     tasks: tuple[Task, ...]
     prompts: tuple[str, ...]
     calibration: tuple[str, ...] | None
+    ranking: dict[str, list[str]]
 
     @property
     def scored(self) -> tuple[Task, ...]:
@@ -100,8 +103,10 @@ def plan(request: Request, folder: Path) -> Plan:
     _check_code(request, tasks)
     prompts = tuple(_prompts(request))
     calibration = read_calibration(request.calibration)
+    named = [name for recipe in recipes.values() for name in ranked_by(recipe)]
+    ranking = pools(named, Path(request.data) if request.data else None, tasks)
     _check_folder(request, folder)
-    return Plan(request, folder, recipes, tasks, prompts, calibration)
+    return Plan(request, folder, recipes, tasks, prompts, calibration, ranking)
 
 
 def _check_numbers(request: Request) -> None:

@@ -31,6 +31,7 @@ from ..probes.load import load
 from ..probes.measure import MeasureError, check_pair, check_prompts, measure
 from ..probes.memory import remember
 from ..probes.model import Model
+from ..probes.neurons import check_apart
 from ..probes.patch import patch
 from ..probes.rank import calibration_texts
 from ..probes.repair import arms, repair
@@ -163,6 +164,7 @@ def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
         **tasked,
         **decoded,
         **caused,
+        **candidate.measured,
         "cost": _cost(dense.cost, candidate, rates, seconds),
     }
     stamp = _provenance(what, name, dense.model, candidate)
@@ -187,10 +189,14 @@ def _candidate(what: Plan, name: str, dense: Model, progress: Progress) -> Model
     if name in what.recipes:
         with progress.task(f"{name}: compressing") as tick:
             recipe, seed = what.recipes[name], what.request.seed
-            return compress(dense, recipe, calibration=what.calibration, seed=seed, progress=tick)
+            return compress(
+                dense, recipe, calibration=what.calibration, ranking=what.ranking, seed=seed,
+                progress=tick,
+            )  # fmt: skip
     with progress.task(f"loading {name}"):
         candidate = _load(what.request, name, progress)
     check_pair(dense, candidate, layerwise=False)
+    check_apart(candidate, what.tasks)
     return candidate
 
 

@@ -20,7 +20,9 @@ RECIPES = [
     "joint-drop@2", "attn-drop@1-kl", "mlp-drop@1-var-r", "joint-drop@2-kl-iterative",
     "magnitude@0.5", "magnitude@2:4", "random@0.5", "wanda@0.5", "wanda@4:8", "sparsegpt@0.5",
     "sparsegpt@2:4", "rtn@int8", "rtn@int4-g16", "gptq@int4-g16", "gptq@int3", "awq@int4-g16",
-    "attn-drop@1+rtn@int4-g16", "block-drop@1+wanda@0.5",
+    "attn-drop@1+rtn@int4-g16", "block-drop@1+wanda@0.5", "neurons-reverse@0.25",
+    "neurons-selective@0.5,target=plurals,control=capitals/kinds,metric=standardised,scope=global",
+    "mlp-drop@1+neurons-salience@0.3", "neurons-random@0.5,multiple=16+rtn@int4-g16",
 ]  # fmt: skip
 TEXTS = ["The cat sat on the mat.", "The dog ran to the red house", "1 2 3 4 5 birds sang!"]
 
@@ -323,18 +325,19 @@ def test_sparsegpt_equals_brute_force(share):
 def test_gptq_equals_brute_force(bits, group):
     torch.manual_seed(3)
     x, matrix = activations(), torch.randn(10, 24)
-    whole = prune.grid(matrix.double(), bits)
+    order = (x**2).sum(0).argsort(descending=True)  # those that read most come first
+    grids = [prune.grid(part.double(), bits) for part in matrix.split(group or 24, 1)]
+    scale, zero = (torch.cat([g[k] for g in grids], 1) for k in (0, 1))
+    of = (torch.arange(24) // (group or 24))[order]
 
-    def settle(weights, _):
-        scale, zero = prune.grid(weights, bits) if group else whole
-
-        def change(_, values):
-            codes = ((values[:, None] / scale).round() + zero).clamp(0, 2**bits - 1)
-            return ((codes - zero) * scale)[:, 0]
+    def settle(*_):
+        def change(column, values):
+            at = scale[:, of[column]], zero[:, of[column]]
+            return ((((values / at[0]).round() + at[1]).clamp(0, 2**bits - 1)) - at[1]) * at[0]
 
         return change
 
-    expected = surgeon(matrix, x, settle, group or 128)
+    expected = surgeon(matrix[:, order], x[:, order], settle, 128)[:, order.argsort()]
     found = prune.gptq(matrix, moments_of(x), bits, group)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 

@@ -1,0 +1,98 @@
+"""What cuts of neurons say, in sentences: within a cell, and across orders, ratios and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+
+from . import collapse, neurons
+from .finding import Finding, claimed
+
+WHERE = "all cells"
+
+
+def across(cells: Mapping[str, xr.DataTree]) -> list[Finding]:
+    """The findings of all cells that cut neurons."""
+    found = neurons.cuts(cells)
+    table = neurons.grouped(found)
+    result = [
+        _specific(target, order, ratios) for (target, order), ratios in table.items()
+    ]  # fmt: skip
+    result += [_contrast(row) for row in neurons.contrasts(found)]
+    for (target, order), ratios in table.items():
+        row = neurons.threshold(target, order, ratios) if len(ratios) > 1 else None
+        if row is not None:
+            result.append(_threshold(row))
+    return [f for f in result if f is not None]
+
+
+def _seeds(count: int) -> str:
+    few = f", where {neurons.LEAST_SEEDS} are needed to tell it from the draw"
+    return f"over {count} seed{'s' * (count != 1)}{few if count < neurons.LEAST_SEEDS else ''}"
+
+
+def _specific(target: str, order: str, ratios: Mapping[float, list[neurons.Cut]]) -> Finding | None:
+    """The ratio at which the target and the rest are furthest apart."""
+    points = [p for p in neurons.curve(ratios) if p.specific is not None]
+    if not points:
+        return None
+    worst = max(points, key=lambda p: abs(p.specific.value))  # type: ignore[union-attr]
+    gap, mine, rest = worst.specific, worst.target, worst.rest
+    assert gap is not None
+    assert mine is not None
+    assert rest is not None
+    if gap.low > 0:
+        verdict = f"it harms {target} more than the rest"
+    elif gap.high < 0:
+        verdict = f"it harms {target} less than the rest"
+    elif rest.high < collapse.INTACT:
+        verdict = f"it harms {target} and the rest alike, so nothing here is specific to a task"
+    else:
+        verdict = f"no difference between {target} and the rest can be told"
+    claim = (
+        f"neurons-{order}, {worst.share:.0%} cut, {_seeds(worst.seeds)}: retention of {target} {mine}, of the "
+        f"other tasks {rest}; difference {gap.value:.2f} ({gap.low:.2f} to {gap.high:.2f}): {verdict}."
+    )
+    n = sum(len(t.dense) for t in neurons.tasks_of(ratios[worst.asked], target))
+    return claimed(
+        claim, gap, n, WHERE, "/scores, neurons", order=order, target=target, asked=worst.asked,
+        seeds=worst.seeds, of_target=list(mine), of_rest=list(rest),
+    )  # fmt: skip
+
+
+def _contrast(row: neurons.Contrast) -> Finding:
+    sure = row.p_value < collapse.ALPHA and np.sign(row.difference.low) == np.sign(
+        row.difference.high
+    )
+    verdict = "told apart" if sure else "not told apart"
+    claim = (
+        f"At {row.asked:.0%}, {_seeds(row.seeds)}: the harm of neurons-{row.order} is more specific to "
+        f"{row.target} than that of neurons-{row.rival} by {row.difference.value:+.2f} "
+        f"({row.difference.low:+.2f} to {row.difference.high:+.2f}; signs flipped, Holm: p = {row.p_value:.2g}): "
+        f"{verdict}."
+    )
+    return claimed(
+        claim, row.difference, row.n, WHERE, "/scores, neurons", order=row.order, rival=row.rival,
+        target=row.target, asked=row.asked, seeds=row.seeds, p_value=row.p_value,
+    )  # fmt: skip
+
+
+def _threshold(row: neurons.Threshold) -> Finding:
+    upto = (
+        f"up to {row.harmless:.0%} cut, the interval of retention of {row.target} stays above {collapse.INTACT}"
+        if row.harmless
+        else f"the interval of retention of {row.target} is below {collapse.INTACT} from the first ratio on"
+    )
+    claim = f"neurons-{row.order}: {upto} (tried: {', '.join(f'{r:.0%}' for r in row.tried)})"
+    estimate = row.change
+    if estimate is not None:
+        claim += (
+            f"; two levels fit best with the step at {estimate.value:.1%} ({estimate.low:.1%} to "
+            f"{estimate.high:.1%}), {row.drop:+.2f} from none to the last"
+        )
+    return Finding(
+        f"{claim}.", row.harmless, None, len(row.tried), WHERE, "/scores, neurons", "finding",
+        {"order": row.order, "target": row.target, "change": list(estimate) if estimate else None},
+    )  # fmt: skip

@@ -1,0 +1,275 @@
+"""Cuts of neurons across cells: is a task special, or are its neurons just important?
+
+Cells whose recipe cut neurons, held against each other on the same items: the target task beside
+unrelated ones, one order of cutting beside its rival, along the ratios, over seeds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from . import collapse
+from .statistics import DRAWS, SEED, Interval, holm, interval, resamples
+
+RIVALS = {"reverse": "salience-reverse", "selective": "random"}
+"""Order -> the order that explains the same without specificity."""
+
+LEAST_SEEDS = 3
+FEWEST_RATIOS = 4  # for a change point
+FLIPS = 4000  # of signs, in a permutation test
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cell whose recipe cut neurons: how, and what it scored."""
+
+    name: str
+    order: str
+    asked: float
+    share: float
+    target: str
+    seed: int
+    scores: xr.Dataset
+
+
+def cuts(cells: Mapping[str, xr.DataTree]) -> list[Cut]:
+    """The cells of a study that cut neurons and scored tasks."""
+    found: list[Cut] = []
+    for name, cell in cells.items():
+        told = _told(cell)
+        if told and "scores" in cell.children:
+            found.append(
+                Cut(
+                    name, str(told["order"]), float(told["asked"]), float(told["cut"]),
+                    str(told["target"]), int(told["seed"]), cell["scores"].to_dataset(),
+                )
+            )  # fmt: skip
+    return found
+
+
+def _told(cell: xr.DataTree) -> dict[str, Any]:
+    try:
+        return json.loads(str(cell.attrs.get("achieved", "{}"))).get("neurons", {})
+    except (ValueError, AttributeError):
+        return {}
+
+
+Grouped = dict[tuple[str, str], dict[float, list[Cut]]]
+
+
+def grouped(found: Sequence[Cut]) -> Grouped:
+    """(target, order) -> asked ratio -> its cuts, one for each seed; ratios ascending."""
+    table: dict[tuple[str, str], dict[float, list[Cut]]] = defaultdict(dict)
+    for cut in sorted(found, key=lambda c: c.asked):
+        table[cut.target, cut.order].setdefault(cut.asked, []).append(cut)
+    return dict(table)
+
+
+# --- retention of the target and of the rest, over seeds -----------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Items of one task in one format: candidate's score above chance (mean over seeds), and dense."""
+
+    target: bool
+    candidate: np.ndarray
+    dense: np.ndarray
+
+
+def tasks_of(group: Sequence[Cut], target: str) -> list[_Task]:
+    """The tasks on which the dense model is above chance; a candidate's scores averaged over seeds."""
+    first = group[0].scores
+    keys = dict.fromkeys(zip(first.task.values.tolist(), first.format.values.tolist(), strict=True))
+    result: list[_Task] = []
+    for task, format in keys:
+        pick = (first.task.values == task) & (first.format.values == format)
+        chance = first.chance.values[pick].astype(float)
+        dense = first.score.sel(model="dense").values[pick].astype(float)
+        if collapse.is_informative(dense, chance):
+            sides = [c.scores.score.sel(model="candidate").values[pick] for c in group]
+            mean = np.mean(np.asarray(sides, float), axis=0)
+            result.append(_Task(task == target, mean - chance, dense - chance))
+    return result
+
+
+def _draws(tasks: Sequence[_Task], seed: int = SEED) -> tuple[np.ndarray, np.ndarray]:
+    """Mean retention over tasks, as measured and `(draw,)`, items resampled within their task."""
+    values: list[float] = []
+    drawn: list[np.ndarray] = []
+    for k, task in enumerate(tasks):
+        picks = resamples(np.zeros(len(task.dense)), DRAWS, seed + 100 * k)
+        values.append(task.candidate.sum() / task.dense.sum())
+        below = task.dense[picks].sum(-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn.append(np.where(below > 0, task.candidate[picks].sum(-1) / below, np.nan))
+    return np.mean(values, axis=0), np.mean(drawn, axis=0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Mean retention over tasks at one ratio: of the target, of the rest, and the rest less the target."""
+
+    asked: float
+    share: float
+    seeds: int
+    target: Interval | None
+    rest: Interval | None
+    specific: Interval | None
+
+
+def point(group: Sequence[Cut]) -> Point:
+    """One ratio of one order. Task-specific harm is positive in `specific`."""
+    tasks = tasks_of(group, group[0].target)
+    sides = [[t for t in tasks if t.target == flag] for flag in (True, False)]
+    drawn = [_draws(side, SEED + k) if side else None for k, side in enumerate(sides)]
+    spans = [interval(float(d[0]), d[1]) if d else None for d in drawn]
+    gap = None
+    if drawn[0] and drawn[1]:
+        gap = interval(float(drawn[1][0] - drawn[0][0]), drawn[1][1] - drawn[0][1])
+    seeds = len({c.seed for c in group})
+    share = float(np.mean([c.share for c in group]))
+    return Point(group[0].asked, share, seeds, spans[0], spans[1], gap)
+
+
+def curve(ratios: Mapping[float, Sequence[Cut]]) -> list[Point]:
+    """Every ratio of one order, ascending."""
+    return [point(group) for group in ratios.values()]
+
+
+# --- one order against its rival -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How much more specific to the target one order's harm is than its rival's, at one ratio."""
+
+    target: str
+    order: str
+    rival: str
+    asked: float
+    seeds: int
+    n: int
+    difference: Interval
+    p_value: float
+
+
+def contrasts(found: Sequence[Cut]) -> list[Contrast]:
+    """Each order against its rival, paired over items, p by flipping signs, Holm-corrected."""
+    table = grouped(found)
+    rows: list[Contrast] = []
+    for (target, order), ratios in table.items():
+        rival = table.get((target, RIVALS.get(order, "")), {})
+        rows += [
+            row
+            for asked in ratios
+            if asked in rival and (row := _contrast(ratios[asked], rival[asked])) is not None
+        ]
+    adjusted = holm([r.p_value for r in rows])
+    return [replace(row, p_value=p) for row, p in zip(rows, adjusted, strict=True)]
+
+
+def _contrast(mine: Sequence[Cut], theirs: Sequence[Cut]) -> Contrast | None:
+    seeds = {c.seed for c in mine} & {c.seed for c in theirs}
+    sides = [
+        tasks_of([c for c in g if c.seed in seeds], g[0].target) for g in (mine, theirs) if seeds
+    ]
+    if not sides or {t.target for t in sides[0]} != {True, False}:
+        return None
+    weighted: list[np.ndarray] = []
+    drawn = np.zeros(DRAWS)
+    for k, (a, b) in enumerate(zip(*sides, strict=True)):
+        alike = sum(t.target == a.target for t in sides[0])
+        sign = (-1.0 if a.target else 1.0) / alike
+        picks = resamples(np.zeros(len(a.dense)), DRAWS, SEED + k)
+        below = np.maximum(a.dense[picks].sum(-1), 1e-9)
+        drawn += sign * (a.candidate - b.candidate)[picks].sum(-1) / below
+        weighted.append(sign * (a.candidate - b.candidate) / a.dense.sum())
+    items = np.concatenate(weighted)
+    return Contrast(
+        mine[0].target, mine[0].order, theirs[0].order, mine[0].asked, len(seeds), len(items),
+        interval(float(items.sum()), drawn), _flipped(items),
+    )  # fmt: skip
+
+
+def _flipped(items: np.ndarray) -> float:
+    """Two-sided p-value that a sum is as far from 0 when the sign of each term is drawn."""
+    signs = np.random.default_rng(SEED).choice([-1.0, 1.0], (FLIPS, len(items)))
+    far = np.abs(signs @ items) >= abs(items.sum()) - 1e-12
+    return float((1 + far.sum()) / (1 + FLIPS))
+
+
+# --- how much can be cut -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Along the ratios of one order: the largest that is harmless, and where retention falls.
+
+    `harmless` is the largest ratio up to which every interval of retention stays above `INTACT`;
+    `change` the ratio in whose neighbourhood two levels describe the curve best.
+    """
+
+    target: str
+    order: str
+    harmless: float
+    tried: tuple[float, ...]
+    change: Interval | None
+    drop: float
+
+
+def threshold(target: str, order: str, ratios: Mapping[float, Sequence[Cut]]) -> Threshold | None:
+    """Of the target task; None where the dense model is not above chance on it."""
+    groups = {0.0: None, **ratios}
+    sides = [
+        [t for t in tasks_of(group, target) if t.target] if group else None
+        for group in groups.values()
+    ]
+    first = next((s for s in sides if s is not None), [])
+    if not first:
+        return None
+    dense = [_Task(True, t.dense, t.dense) for t in first]
+    drawn = [_draws(side if side is not None else dense) for side in sides]
+    asked = np.array(list(groups))
+    harmless = 0.0
+    for ratio, (value, draws) in zip(asked, drawn, strict=True):
+        if interval(float(value), draws).low < collapse.INTACT:
+            break
+        harmless = float(ratio)
+    values = np.array([v for v, _ in drawn], float)
+    change = None
+    if len(ratios) >= FEWEST_RATIOS:
+        where = _change(asked, np.stack([d for _, d in drawn], -1))
+        change = interval(float(_change(asked, values[None])[0]), where)
+    return Threshold(
+        target, order, harmless, tuple(map(float, asked[1:])), change, float(values[-1] - values[0])
+    )
+
+
+def _change(asked: np.ndarray, curves: np.ndarray) -> np.ndarray:
+    """Midpoint of the two ratios between which `(draw, ratio)` curves step down, least squares."""
+    errors: list[np.ndarray] = []
+    for k in range(1, len(asked)):
+        parts = (curves[:, :k], curves[:, k:])
+        errors.append(sum(((p - p.mean(-1, keepdims=True)) ** 2).sum(-1) for p in parts))  # type: ignore[arg-type]
+    best = np.argmin(np.stack(errors, -1), -1)
+    return (asked[best] + asked[best + 1]) / 2
+
+
+# --- where they are ------------------------------------------------------------------------------
+
+
+def share_by_layer(data: xr.Dataset, metric: str, top: float = 0.1) -> np.ndarray:
+    """Share of each layer's neurons that are among the model's `top` most selective, `(layer,)`."""
+    values = data.selectivity.sel(metric=metric).values
+    known = np.isfinite(values)
+    limit = np.quantile(values[known], 1 - top)
+    with np.errstate(invalid="ignore"):
+        return ((values >= limit) & known).sum(-1) / np.maximum(known.sum(-1), 1)
