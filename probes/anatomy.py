@@ -51,7 +51,8 @@ class Anatomy:
     """Paths of the roles inside the model, and how a layer puts its two contributions together.
 
     `parallel` is true where attention and MLP both read the layer's input (GPT-NeoX); then the
-    state "after attention" is input + attention, as if the MLP came second.
+    state "after attention" is input + attention, as if the MLP came second. `attn_out` is the matrix
+    that writes what attention adds, inside a decoder layer.
     """
 
     layers: str
@@ -62,6 +63,7 @@ class Anatomy:
     mlp: Part
     parallel: bool = False
     neurons: Neurons = Neurons()
+    attn_out: str = "self_attn.o_proj"
 
     def part(self, sublayer: Sublayer) -> Part:
         """The attention or the MLP part."""
@@ -103,6 +105,7 @@ _GPT2 = Anatomy(
     attn=Part(("attn",), norm="ln_1"),
     mlp=Part(("mlp",), norm="ln_2"),
     neurons=Neurons(("mlp.c_fc",), "mlp.c_proj", width="n_inner"),
+    attn_out="attn.c_proj",
 )
 _NEOX = Anatomy(
     layers="gpt_neox.layers",
@@ -112,6 +115,7 @@ _NEOX = Anatomy(
     attn=Part(("attention",), norm="input_layernorm"),
     mlp=Part(("mlp",), norm="post_attention_layernorm"),
     neurons=Neurons(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h"),
+    attn_out="attention.dense",
 )
 _OPT = Anatomy(
     layers="model.decoder.layers",
@@ -121,6 +125,7 @@ _OPT = Anatomy(
     attn=Part(("self_attn",), norm="self_attn_layer_norm"),
     mlp=Part(("fc1", "activation_fn", "fc2"), norm="final_layer_norm"),
     neurons=Neurons(("fc1",), "fc2", width="ffn_dim"),
+    attn_out="self_attn.out_proj",
 )
 _PHI3 = replace(_LLAMA, neurons=Neurons(("mlp.gate_up_proj",), fused=2))
 

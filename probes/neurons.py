@@ -248,18 +248,22 @@ def marks(texts: Sequence[str]) -> list[str]:
 
 
 def check_apart(candidate: Model, tasks: Sequence[Task]) -> None:
-    """Whether no item that is scored has ranked the candidate's neurons.
+    """Whether no item that is scored has ranked the candidate's neurons, or trained it.
 
     Raises:
         TaskError: some have.
     """
-    ranked = set(candidate.achieved.get("neurons", {}).get("ranked", []))
+    told = candidate.achieved
+    ranked = {
+        *told.get("neurons", {}).get("ranked", ()),
+        *told.get("recovered", {}).get("texts", ()),
+    }
     for task in tasks:
         both = sum(_mark(_text(item)) in ranked for item in task.items)
         if both:
             raise TaskError(
-                f"{task.name}: {both} of the items to score have ranked the neurons of {candidate.label}, "
-                "which flatters it; score others, or cut by others"
+                f"{task.name}: {both} of the items to score have ranked the neurons of {candidate.label}, or trained "
+                "it, which says nothing fair of it; score others, or cut and train by others"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -208,6 +209,68 @@ def compress(
 
 
 @app.command(epilog=EPILOG)
+def recover(
+    candidate: Annotated[
+        str,
+        typer.Argument(help="What to train: a saved candidate, or the dense model as a control."),
+    ],
+    on: Annotated[
+        str,
+        typer.Option("--on", help="Task whose items to train on, or a file with one text a line."),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="New folder for what comes of it; the same command resumes."),
+    ],
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", help="lora, full; scale (one factor a sublayer) or temperature (one)."
+        ),
+    ] = "lora",
+    steps: Annotated[int, typer.Option("--steps", help="Steps of 8 texts, at most.")] = 200,
+    limit: Annotated[
+        int,
+        typer.Option(
+            "--limit", help="Items of the task that a study with this --limit scores: left out."
+        ),
+    ] = 40,
+    data: DataOption = None,
+    seed: SeedOption = 24652,
+    device: DeviceOption = "cpu",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Train CANDIDATE on a task or texts, masks kept, and save it, to be compared with the rest."""
+    from ..probes import load, save
+    from ..probes.load import exists
+    from ..probes.recover import Training, check
+    from ..probes.recover import recover as train
+    from ..probes.save import check_target
+    from .request import training_texts
+
+    exists(candidate)
+    check_target(out)
+    texts, training = training_texts(on, data, limit, seed), Training(method, steps, seed)
+    state = out.with_name(f"{out.name}.training")
+    with Progress() as progress:
+        with progress.task(f"loading {candidate}"):
+            model = load(
+                candidate, device=device, trust_remote_code=trust_remote_code, say=progress.say
+            )
+        check(model, training)
+        with progress.task(f"{method} on {on}") as tick:
+            made = train(model, texts, training, state=state, progress=tick)
+        with progress.task(f"saving to {out}"):
+            save(made, out)
+        shutil.rmtree(state, ignore_errors=True)
+        losses = dict(made.achieved["recovered"]["losses"])
+        progress.say(
+            f"{made.label}: loss of texts held out {losses[0]:.3f} to {min(losses.values()):.3f} nat a token; "
+            f"saved in {out}"
+        )
+
+
+@app.command(epilog=EPILOG)
 def report(
     folder: Annotated[list[Path], typer.Argument(help="Folders that diagnose or compare wrote.")],
     out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],
@@ -323,6 +386,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
     from ..probes.items import TaskError
     from ..probes.load import LoadError
     from ..probes.measure import MeasureError
+    from ..probes.recover import RecoverError
     from ..probes.sandbox import SandboxError
     from ..probes.save import SaveError
     from ..probes.texts import TextError
@@ -335,6 +399,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
         LoadError,
         MeasureError,
         RecipeError,
+        RecoverError,
         SandboxError,
         SaveError,
         SchemaError,

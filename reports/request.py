@@ -177,6 +177,18 @@ def read_calibration(source: str | None) -> tuple[str, ...] | None:
     return None if source is None else tuple(read_texts(source, "--calibration"))
 
 
+def training_texts(on: str, data: Path | None, limit: int, seed: int) -> list[str]:
+    """What to train on: a file's texts, or the items of a task that a study would not score.
+
+    Raises:
+        TaskError, TextError: they cannot be had, or no item is left.
+    """
+    if Path(on).is_file():
+        return read_texts(on, "--on")
+    scored = [task.limited(limit, seed) for task in load_tasks([on], data)]
+    return pools([on], data, scored)[on]
+
+
 def _check_folder(request: Request, folder: Path) -> None:
     file = folder / "study.json"
     if file.is_file():
