@@ -13,6 +13,7 @@ from . import (
     decoding_findings,
     hierarchy,
     neuron_findings,
+    recovery,
     task_findings,
     theory,
 )
@@ -44,7 +45,7 @@ def diagnose(cells: Mapping[str, xr.DataTree] | xr.DataTree) -> list[Finding]:
         steps, further = group(cell, "steps"), group(cell, "temperatures")
         if steps is not None:
             found += decoding_findings.tell(name, steps, further)
-    return found + _compare(named) + neuron_findings.across(named)
+    return found + _compare(named) + neuron_findings.across(named) + recovery.tell(named)
 
 
 def _name(cell: xr.DataTree) -> str:

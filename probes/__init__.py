@@ -8,8 +8,10 @@ from .load import load
 from .measure import measure
 from .memory import remember
 from .model import Model
+from .neurons import selectivity
 from .patch import patch
 from .recipe import Recipe
+from .recover import Training, recover
 from .repair import repair, restored
 from .save import save
 from .score import generate, score
@@ -22,6 +24,7 @@ __all__ = [
     "Readout",
     "Recipe",
     "Task",
+    "Training",
     "compare_logits",
     "compare_states",
     "compress",
@@ -31,10 +34,12 @@ __all__ = [
     "load_tasks",
     "measure",
     "patch",
+    "recover",
     "remember",
     "repair",
     "restored",
     "save",
     "score",
+    "selectivity",
     "twin",
 ]

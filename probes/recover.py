@@ -48,7 +48,7 @@ class Training:
     """How a candidate is trained; equal trainings of equal candidates give the same weights."""
 
     method: str = "lora"
-    steps: int = 200
+    steps: int = 100
     seed: int = SEED
     rate: float | None = None
 

@@ -228,7 +228,7 @@ def recover(
             "--method", help="lora, full; scale (one factor a sublayer) or temperature (one)."
         ),
     ] = "lora",
-    steps: Annotated[int, typer.Option("--steps", help="Steps of 8 texts, at most.")] = 200,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of 8 texts, at most.")] = 100,
     limit: Annotated[
         int,
         typer.Option(

@@ -46,6 +46,7 @@ class Section:
     theory: list[theory.Fit]
     texts: list[dict[str, Any]]
     tasked: list[Finding]
+    recovered: list[Finding]
     caused: list[Finding]
     blamed: list[causes.Cause]
     blamed_for: str
@@ -214,12 +215,15 @@ def _section(
         [
             f
             for f in mine
-            if f.level != "verdict" and f.where.removeprefix(f"{name}, ") not in tasks
+            if f.level != "verdict"
+            and f.where.removeprefix(f"{name}, ") not in tasks
+            and not f.evidence.endswith(", recovery")
         ],
         collapse.retentions(scores) if scores is not None else [],
         theory.fits(output, float(output.attrs["temperature"])) if output is not None else [],
         _texts(steps) if steps is not None else [],
         [f for f in mine if f.evidence.startswith(TASKS)],
+        [f for f in mine if f.evidence.endswith(", recovery")],
         [f for f in mine if f.evidence.startswith(CAUSES)],
         *_blamed(cell),
         decoding.flips(steps) if steps is not None else [],

@@ -176,6 +176,30 @@ def test_compress_saves_and_compare_reads_it(tiny_folder, tmp_path):
     assert done.returncode == 0, "a candidate can be diagnosed in turn: " + done.stderr
 
 
+def test_recover_trains_and_compare_says_what_came_back(tiny_folder, tmp_path):
+    cut, back, tuned = (tmp_path / name for name in ("cut", "back", "tuned"))
+    done = run("compress", tiny_folder, "-r", "neurons-reverse@0.5,target=plurals", "--out", cut)
+    assert done.returncode == 0, done.stderr
+    assert (cut / "neurons.nc").is_file()
+    for source, out in ((cut, back), (tiny_folder, tuned)):
+        done = run(
+            "recover", source, "--on", "kinds", "--steps", "10", "--limit", "6", "--out", out
+        )
+        assert done.returncode == 0, done.stderr
+        assert "loss of texts held out" in done.stderr
+        assert not out.with_name(f"{out.name}.training").exists()
+    asked = ("--tasks", "kinds", "--limit", "6", "--steps", "4", "--causes", "0")
+    done = run("compare", tiny_folder, cut, back, tuned, *asked, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "What training brought back" in page
+    assert "before and after training (lora, 10 steps)" in page
+    many = ("--tasks", "kinds", "--steps", "4", "--causes", "0")
+    done = run("compare", tiny_folder, back, *many, "--out", tmp_path / "other")
+    assert done.returncode == 2
+    assert "have ranked the neurons of" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -276,6 +300,28 @@ def test_compress_saves_and_compare_reads_it(tiny_folder, tmp_path):
         (("diagnose", "MODEL", "--out", "OUT"), "Missing option"),
         (("compress", "MODEL", "-r", "rtn@int8", "--out", "FULL"), "not empty"),
         (("report", "FULL", "--out", "x.html"), "no study.json"),
+        (
+            ("recover", "MODEL", "--on", "kinds", "--method", "prompt", "--out", "OUT"),
+            "not one of lora",
+        ),
+        (
+            ("recover", "MODEL", "--on", "kinds", "--limit", "999", "--out", "OUT"),
+            "to rank neurons by",
+        ),
+        (("recover", "MODEL", "--on", "kind", "--out", "OUT"), "nearest: kinds"),
+        (
+            (
+                "diagnose",
+                "MODEL",
+                "-r",
+                "neurons-reverse@0.1,target=kinds",
+                "--tasks",
+                "kinds",
+                "--out",
+                "OUT",
+            ),
+            "score fewer (--limit)",
+        ),
         (("list", "recipe"), "not one of recipes"),
     ],
 )
@@ -377,7 +423,7 @@ def test_a_swallowed_ctrl_c_is_raised_again(interruptible):
 
 def test_help_of_every_verb_suffices():
     top = run("--help").stdout
-    for verb in ("diagnose", "compare", "compress", "report", "list"):
+    for verb in ("diagnose", "compare", "compress", "recover", "report", "list"):
         assert verb in top
         text = run(verb, "--help").stdout
         assert "Exit status" in text

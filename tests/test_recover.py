@@ -207,7 +207,7 @@ def test_training_brings_back_what_a_cut_took(smollm2):
     ranking = pools(["counting", "kinds"], scored=tasks)
     recipe = Recipe.parse("neurons-reverse@0.2,target=counting,control=kinds")
     candidate = compress(smollm2, recipe, ranking=ranking)
-    made = recover(candidate, ranking["counting"], Training("lora", 20))
+    made = recover(candidate, ranking["counting"], Training("lora", 12, rate=2e-3))
     losses = [v for _, v in made.achieved["recovered"]["losses"]]
     assert losses[-1] < losses[0]
     before, after = (
