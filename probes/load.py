@@ -191,6 +191,8 @@ def _module(folder: Path, manifest: dict[str, Any], dtype: torch.dtype, trust: b
     if "config" in manifest:  # drops that transformers cannot express: see `save`
         config = {**manifest["config"]}
         options["config"] = AutoConfig.for_model(config.pop("model_type"), **config)
+    unpacked = _unpacking(folder, trust)
+    options |= unpacked
     kind: Any = AutoModelForCausalLM
     if "widths" in manifest:
         kind = _narrowed(options["config"], manifest["widths"])
@@ -199,6 +201,8 @@ def _module(folder: Path, manifest: dict[str, Any], dtype: torch.dtype, trust: b
             module, told = kind.from_pretrained(folder, output_loading_info=True, **options)
         except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
             raise LoadError(f"{folder}: transformers cannot load it ({error})") from error
+    if unpacked:
+        _forget_packing(module)
     missing = _missing(told["missing_keys"], manifest, anatomy_of(module.config))
     if missing:  # transformers would go on with random weights
         raise LoadError(
@@ -206,6 +210,31 @@ def _module(folder: Path, manifest: dict[str, Any], dtype: torch.dtype, trust: b
             f"{', '.join(missing[:3])}; fetch or save it again"
         )
     return module
+
+
+def _unpacking(folder: Path, trust: bool) -> dict[str, Any]:
+    """Options for weights that compressed-tensors packed: it unpacks them, since its way to run them
+    packed replaces the forward pass that is traced."""
+    told = _read_json(folder / "config.json").get("quantization_config", {})
+    if told.get("quant_method") != "compressed-tensors":
+        return {}
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise LoadError(
+            f"{folder}: its weights are packed by compressed-tensors, which is not installed; run `pip install "
+            "prunescope[compressed-tensors]`"
+        )
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    config.quantization_config["dequantize"] = True
+    return {"config": config}
+
+
+def _forget_packing(module: Any) -> None:
+    """The weights are plain from here on."""
+    if hasattr(module.config, "quantization_config"):
+        del module.config.quantization_config
+    module.hf_quantizer, module.is_quantized = None, False
 
 
 def _missing(names: Iterable[str], manifest: dict[str, Any], anatomy: Anatomy) -> list[str]:
@@ -347,9 +376,7 @@ def _convert(file: Path, target: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         except Exception as error:  # the reader fails in many ways on a damaged file
             raise LoadError(f"{file}: cannot be read as GGUF ({error})") from error
-        if hasattr(module.config, "quantization_config"):  # dequantized: plain weights from here on
-            del module.config.quantization_config
-        module.hf_quantizer, module.is_quantized = None, False
+        _forget_packing(module)
         module.save_pretrained(target)
         tokenizer.save_pretrained(target)
 

