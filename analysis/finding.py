@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -38,6 +39,14 @@ class Finding:
 def group(cell: xr.DataTree, name: str) -> xr.Dataset | None:
     """A group of a cell, None where the cell does not have it."""
     return cell[name].to_dataset() if name in cell.children else None
+
+
+def achieved(cell: xr.DataTree, part: str) -> dict[str, Any]:
+    """One part of what compression achieved, as the cell's attributes tell it; empty without."""
+    try:
+        return dict(json.loads(str(cell.attrs.get("achieved", "{}"))).get(part, {}))
+    except (ValueError, AttributeError, TypeError):
+        return {}
 
 
 def claimed(

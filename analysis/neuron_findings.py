@@ -43,7 +43,9 @@ def _specific(target: str, order: str, ratios: Mapping[float, list[neurons.Cut]]
     assert gap is not None
     assert mine is not None
     assert rest is not None
-    if gap.low > 0:
+    if max(mine.high, rest.high) <= collapse.COLLAPSED:
+        verdict = "it destroys both, so that nothing can be told apart"
+    elif gap.low > 0:
         verdict = f"it harms {target} more than the rest"
     elif gap.high < 0:
         verdict = f"it harms {target} less than the rest"

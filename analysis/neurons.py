@@ -6,16 +6,15 @@ unrelated ones, one order of cutting beside its rival, along the ratios, over se
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from . import collapse
+from .finding import achieved
 from .statistics import DRAWS, SEED, Interval, holm, interval, resamples
 
 RIVALS = {"reverse": "salience-reverse", "selective": "random"}
@@ -43,7 +42,7 @@ def cuts(cells: Mapping[str, xr.DataTree]) -> list[Cut]:
     """The cells of a study that cut neurons and scored tasks."""
     found: list[Cut] = []
     for name, cell in cells.items():
-        told = _told(cell)
+        told = achieved(cell, "neurons")
         if told and "scores" in cell.children:
             found.append(
                 Cut(
@@ -52,13 +51,6 @@ def cuts(cells: Mapping[str, xr.DataTree]) -> list[Cut]:
                 )
             )  # fmt: skip
     return found
-
-
-def _told(cell: xr.DataTree) -> dict[str, Any]:
-    try:
-        return json.loads(str(cell.attrs.get("achieved", "{}"))).get("neurons", {})
-    except (ValueError, AttributeError):
-        return {}
 
 
 Grouped = dict[tuple[str, str], dict[float, list[Cut]]]

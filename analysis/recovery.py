@@ -3,7 +3,6 @@ trained alike."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from . import collapse
-from .finding import Finding, claimed, group
+from .finding import Finding, achieved, claimed, group
 from .hierarchy import prompt_means
 from .statistics import Interval, bootstrap
 
@@ -34,17 +33,10 @@ def pairs(cells: Mapping[str, xr.DataTree]) -> list[Pair]:
     weights = {str(c.attrs.get("candidate_weights")): n for n, c in cells.items()}
     found: list[Pair] = []
     for name, cell in cells.items():
-        told = _told(cell)
+        told = achieved(cell, "recovered")
         if told:
             found.append(Pair(weights.get(str(told["from"])), name, told))
     return found
-
-
-def _told(cell: xr.DataTree) -> dict[str, Any]:
-    try:
-        return json.loads(str(cell.attrs.get("achieved", "{}"))).get("recovered", {})
-    except (ValueError, AttributeError):
-        return {}
 
 
 def is_control(pair: Pair, cells: Mapping[str, xr.DataTree]) -> bool:

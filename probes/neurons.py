@@ -223,10 +223,10 @@ def _text(item: Item) -> str:
 
 
 def drawn(pool: Sequence[str], seed: int = SEED) -> list[str]:
-    """At most `RANKED` of the texts, drawn with a seed."""
-    if len(pool) <= RANKED:
-        return list(pool)
-    return random.Random(seed).sample(list(pool), RANKED)
+    """`RANKED` of the texts, at most three quarters of them, drawn with a seed: another seed is another
+    draw."""
+    size = min(RANKED, max(FEWEST, 3 * len(pool) // 4), len(pool))
+    return random.Random(seed).sample(list(pool), size)
 
 
 def own(texts: Sequence[str]) -> list[str]:

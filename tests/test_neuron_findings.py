@@ -78,6 +78,12 @@ def test_harm_that_is_alike_is_called_alike():
     assert sum("not told apart" in c for c in claims) == len(RATIOS)
 
 
+def test_where_everything_is_destroyed_nothing_is_told_apart():
+    cells = study(lambda _: every(0.05) | {"mine": 0.0}, lambda _: every(0.0))
+    claims = [f.claim for f in neuron_findings.across(cells)]
+    assert sum("it destroys both" in c for c in claims) == 2
+
+
 def test_fewer_seeds_than_needed_are_said():
     cells = study(lambda r: {"mine": 1 - 2 * r}, lambda r: every(1 - r), seeds=(1,))
     claims = [f.claim for f in neuron_findings.across(cells)]

@@ -27,7 +27,7 @@ from prunescope.reports import render
 
 OTHERS = ("capitals", "opposites", "plurals", "kinds")
 RATIOS = {
-    "reverse": (0.05, 0.1, 0.2, 0.3), "salience-reverse": (0.05, 0.1, 0.2, 0.3),
+    "reverse": (0.05, 0.1, 0.2), "salience-reverse": (0.05, 0.1, 0.2),
     "selective": (0.1, 0.2, 0.35), "random": (0.1, 0.2, 0.35),
 }  # fmt: skip
 
