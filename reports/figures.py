@@ -22,6 +22,8 @@ COLOURS = {"h": "#4477aa", "z": "#228833", "p": "#cc3311", "kl": "#882255"}
 HISTORIES = {"step": "#4477aa", "forced": "#228833", "free": "#cc3311", "swapped": "#333333"}
 FORMATS = {"choice": "#4477aa", "generation": "#cc6600", "last word": "#117733"}
 OFFSETS = {"choice": -0.15, "generation": 0.15}  # of the two halves of a twin
+PANELS = 4  # side by side
+WIDE = 34  # characters of a title
 SPACE_NAMES = {"h": "hidden state h", "z": "logits z", "p": "probabilities p"}
 
 
@@ -40,11 +42,15 @@ def retention(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     if not rows:
         return []
     tasks = _by_kind(next(iter(having(cells, "scores").values())))
-    figure = Figure(figsize=(2.6 * len(rows) + 1.2, 0.36 * len(tasks) + 1.3))
-    axes = figure.subplots(1, len(rows), sharex=True, sharey=True, squeeze=False)[0]
-    for axis, (name, found) in zip(axes, rows.items(), strict=True):
+    across = min(len(rows), PANELS)
+    down = -(-len(rows) // across)
+    figure = Figure(figsize=(2.6 * across + 1.2, (0.36 * len(tasks) + 0.8) * down + 0.5))
+    axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+    for axis, (name, found) in zip(axes, rows.items(), strict=False):
         _retention_panel(axis, found, tasks)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(name if len(name) < WIDE else name.replace(",", ",\n", 1), fontsize=9)
+    for axis in axes[len(rows) :]:
+        axis.set_visible(False)
     axes[0].set_yticks(range(len(tasks)), tasks)
     axes[0].set_ylim(len(tasks) - 0.5, -0.5)
     axes[0].set_xlim(-0.35, 1.45)

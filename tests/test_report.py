@@ -100,6 +100,21 @@ def test_a_cell_with_fewer_groups_still_renders(tmp_path):
         assert render({"x": cell}, tmp_path / group / "report.html").exists()
 
 
+def test_many_cells_stand_in_rows_of_four(tmp_path):
+    cells = {f"a-cell-of-a-long-name-{i}@0.5,target=counting": make_cell() for i in range(6)}
+    (picture,) = (p for p in draw(cells) if p.name == "retention")
+    wide = float(re.search(rb'width="([0-9.]+)pt"', picture.svg)[1])
+    assert wide < 12 * 72
+
+
+def test_solved_examples_are_left_out_of_the_answers():
+    from prunescope.reports.answers import _shared
+
+    shots = "1 + 1 = 2\n2 + 2 = 4\n"
+    assert _shared([f"{shots}3 + 4 =", f"{shots}3 + 5 ="]) == len(shots)
+    assert _shared([shots]) == _shared([shots, shots]) == 0
+
+
 def test_every_answer_of_both_models_is_a_page_away(rendered):
     cells, file, page = rendered
     links = re.findall(r'href="(answers/[^"]+)"', page)
