@@ -388,18 +388,29 @@ def generate(
     rows = [model.tokenizer(p)["input_ids"] for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     result: list[tuple[str, list[int], bool]] = [("", [], False)] * len(rows)
+    beginning = _beginning(model, rows)
     done = 0
     for batch in (order[i : i + BATCH_ROWS] for i in range(0, len(order), BATCH_ROWS)):
         stops = [_Until(model, until)] if until else []
         for i, tokens in zip(
             batch,
-            extend(model, [rows[i] for i in batch], max_new_tokens, stops),
+            extend(model, [rows[i] for i in batch], max_new_tokens, stops, past=beginning),
             strict=True,
         ):
             result[i] = _ended(model, tokens, max_new_tokens, until)
         done += len(batch)
         progress(done / len(rows))
     return result
+
+
+def _beginning(model: Model, rows: Sequence[list[int]]) -> _Past | None:
+    """What all rows begin with, run once; None where that is little, or a window would move."""
+    length = min(map(len, rows)) - 1
+    window = getattr(model.module.config, "sliding_window", None)
+    shared = _common_prefix([(row, length + 1) for row in rows])
+    if len(rows) < 2 or shared < STEM or window:
+        return None
+    return _run(model, [rows[0][:shared]], None, 0)
 
 
 def extend(
@@ -409,16 +420,24 @@ def extend(
     stops: Sequence[Callable[..., Tensor]] = (),
     processors: Sequence[Callable[..., Tensor]] = (),
     cache: Any = None,
+    past: _Past | None = None,
 ) -> list[list[int]]:
     """Up to `limit` tokens after each row, the largest logit each time; ended rows are padded.
 
     `stops` and `processors` are transformers' stopping criteria and logits processors; `cache` is
-    an empty one for the keys and values of all that is read.
+    an empty one for the keys and values of all that is read, `past` what all rows begin with.
     """
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    batch = pad(model, rows, side="left")
+    shared = 0 if past is None else int(past.lengths[0])
+    batch = pad(model, [row[shared:] for row in rows], side="left")
     del batch["position_ids"]  # generation makes its own from the mask
+    if past is not None:
+        stem = batch["input_ids"].new_tensor([rows[0][:shared]]).expand(len(rows), -1)
+        before = _repeated(past, [0] * len(rows))
+        parts = {"input_ids": stem, "attention_mask": before.mask}
+        batch = {n: torch.cat([parts[n], batch[n]], dim=-1) for n in parts}
+        cache = before.cache
     config = GenerationConfig(
         max_new_tokens=limit, do_sample=False, pad_token_id=model.tokenizer.pad_token_id,
         eos_token_id=model.tokenizer.eos_token_id,

@@ -189,3 +189,21 @@ def test_repetition_is_the_share_of_repeated_four_grams():
     assert repetition([1, 2, 3]) == 0
     assert repetition([1, 2, 3, 4, 5, 6]) == 0
     assert repetition([7] * 11) == pytest.approx(7 / 8)
+
+
+def test_what_prompts_share_is_read_once_and_changes_no_text(tiny, monkeypatch):
+    prompts = [
+        f"The cat sat on the mat. The dog ran to the red house, and {end}"
+        for end in ("1 2 3", "4", "5 birds", "Paris is", "sang! 1 2 3 4 5")
+    ]
+    rows = [tiny.tokenizer(p)["input_ids"] for p in prompts]
+    past = _scoring._beginning(tiny, rows)
+    windowed = bool(getattr(tiny.module.config, "sliding_window", None))
+    assert (past is None) == windowed
+    if past is not None:
+        assert int(past.lengths[0]) >= _scoring.STEM
+        assert all(row[: int(past.lengths[0])] == rows[0][: int(past.lengths[0])] for row in rows)
+    found = generate(tiny, prompts, 8)
+    alone = [generate(tiny, [p], 8)[0] for p in prompts]
+    monkeypatch.setattr(_scoring, "_beginning", lambda *_: None)
+    assert found == generate(tiny, prompts, 8) == alone
