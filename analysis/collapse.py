@@ -84,6 +84,18 @@ def is_informative(score: np.ndarray, chance: np.ndarray) -> bool:
     return above_chance(int(score.sum()), len(score), null) < ALPHA
 
 
+def informative(scores: xr.Dataset) -> dict[tuple[str, str], np.ndarray]:
+    """(task, format) -> its items, of those on which the dense model is above chance."""
+    tasks, formats = scores.task.values, scores.format.values
+    dense, chance = scores.score.sel(model="dense").values.astype(float), scores.chance.values
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for task, format in dict.fromkeys(zip(tasks.tolist(), formats.tolist(), strict=True)):
+        items = np.flatnonzero((tasks == task) & (formats == format))
+        if is_informative(dense[items], chance[items].astype(float)):
+            found[task, format] = items
+    return found
+
+
 def ratio_of_sums(
     numerator: np.ndarray, denominator: np.ndarray, strata: np.ndarray | None = None
 ) -> Interval:

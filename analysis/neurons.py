@@ -79,17 +79,14 @@ class _Task:
 def tasks_of(group: Sequence[Cut], target: str) -> list[_Task]:
     """The tasks on which the dense model is above chance; a candidate's scores averaged over seeds."""
     first = group[0].scores
-    keys = dict.fromkeys(zip(first.task.values.tolist(), first.format.values.tolist(), strict=True))
-    result: list[_Task] = []
-    for task, format in keys:
-        pick = (first.task.values == task) & (first.format.values == format)
-        chance = first.chance.values[pick].astype(float)
-        dense = first.score.sel(model="dense").values[pick].astype(float)
-        if collapse.is_informative(dense, chance):
-            sides = [c.scores.score.sel(model="candidate").values[pick] for c in group]
-            mean = np.mean(np.asarray(sides, float), axis=0)
-            result.append(_Task(task == target, mean - chance, dense - chance))
-    return result
+    chance = first.chance.values.astype(float)
+    dense = first.score.sel(model="dense").values.astype(float) - chance
+    sides = [c.scores.score.sel(model="candidate").values for c in group]
+    mean = np.mean(np.asarray(sides, float), axis=0) - chance
+    return [
+        _Task(task == target, mean[items], dense[items])
+        for (task, _), items in collapse.informative(first).items()
+    ]
 
 
 def _draws(tasks: Sequence[_Task], seed: int = SEED) -> tuple[np.ndarray, np.ndarray]:

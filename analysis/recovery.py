@@ -102,23 +102,16 @@ def regained(
     before: xr.Dataset, after: xr.Dataset, format: str
 ) -> tuple[float, float, Interval, int] | None:
     """Mean retention over informative tasks before and after, and its paired change over items."""
-    picks = [
-        np.flatnonzero((before.task.values == t) & (before.format.values == format))
-        for t in dict.fromkeys(before.task.values.tolist())
-    ]
-    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for pick in (p for p in picks if len(p)):
-        chance = before.chance.values[pick].astype(float)
-        dense = before.score.sel(model="dense").values[pick].astype(float)
-        if collapse.is_informative(dense, chance):
-            sides = [
-                d.score.sel(model="candidate").values[pick].astype(float) for d in (before, after)
-            ]
-            rows.append((sides[0] - chance, sides[1] - chance, dense - chance))
+    rows = [items for (_, f), items in collapse.informative(before).items() if f == format]
     if not rows:
         return None
-    strata = np.concatenate([np.full(len(r[0]), k) for k, r in enumerate(rows)])
-    was, now, dense = (np.concatenate(part) for part in zip(*rows, strict=True))
+    strata = np.concatenate([np.full(len(items), k) for k, items in enumerate(rows)])
+    items = np.concatenate(rows)
+    chance = before.chance.values[items].astype(float)
+    was, now, dense = (
+        data.score.sel(model=model).values[items].astype(float) - chance
+        for data, model in ((before, "candidate"), (after, "candidate"), (before, "dense"))
+    )
 
     def mean(values: np.ndarray, pick: np.ndarray) -> np.ndarray:
         kept = [

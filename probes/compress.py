@@ -35,7 +35,7 @@ from .recipe import (
     Scheme,
     Step,
 )
-from .width import cut, width, widths
+from .width import cut, widths
 
 SEED = 24652
 
@@ -271,12 +271,12 @@ def _cut_neurons(job: Job) -> None:
         )
         for i, side in enumerate(texts)
     ]
-    before = [width(anatomy, block) for block in blocks]
+    before = widths(anatomy, candidate.module)
     whole = [layer for site, layer in job.keep if site == "mlp"]
     stay = neurons.kept(candidate, job.method, amount, sides[0], sides[1], seed, whole)
     data = neurons.dataset(candidate, sides[0], sides[1], stay)
-    for block, chosen in zip(blocks, stay, strict=True):
-        if len(chosen) < width(anatomy, block):
+    for block, there, chosen in zip(blocks, before, stay, strict=True):
+        if len(chosen) < there:
             cut(anatomy, block, chosen)
     after = [len(chosen) for chosen in stay]
     candidate.measured["neurons"] = data
@@ -284,7 +284,7 @@ def _cut_neurons(job: Job) -> None:
         "order": job.method.removeprefix("neurons-"), "asked": amount.share,
         "cut": 1 - sum(after) / sum(before), "target": amount.target, "control": list(amount.control),
         "metric": amount.metric, "scope": amount.scope, "seed": seed, "widths": after,
-        "items": [len(sides_) for sides_ in texts],
+        "items": [len(side) for side in texts],
         "ranked": neurons.marks([t for side in texts for t in side]),
     }  # fmt: skip
 

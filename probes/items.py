@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -102,6 +103,15 @@ class Task:
             return self
         picked = sorted(random.Random(seed).sample(range(len(self.items)), limit))
         return replace(self, items=tuple(self.items[i] for i in picked))
+
+
+def without_examples(texts: Sequence[str]) -> list[str]:
+    """The texts without the lines that all of them begin with, as solved examples are."""
+    if len(set(texts)) < 2:
+        return list(texts)
+    both = takewhile(lambda pair: pair[0] == pair[1], zip(min(texts), max(texts), strict=False))
+    start = "".join(a for a, _ in both).rfind("\n") + 1
+    return [text[start:] for text in texts]
 
 
 def rows_of(file: Path) -> Iterable[tuple[int, Row]]:

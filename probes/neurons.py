@@ -11,7 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import starmap, takewhile
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -227,19 +227,6 @@ def drawn(pool: Sequence[str], seed: int = SEED) -> list[str]:
     draw."""
     size = min(RANKED, max(FEWEST, 3 * len(pool) // 4), len(pool))
     return random.Random(seed).sample(list(pool), size)
-
-
-def own(texts: Sequence[str]) -> list[str]:
-    """The texts without the solved examples that all of them begin with."""
-    start = _shared(texts).rfind("\n") + 1 if texts else 0
-    return [text[start:] for text in texts]
-
-
-def _shared(texts: Sequence[str]) -> str:
-    """What all of them begin with; nothing where there is only one."""
-    first, last = min(texts), max(texts)
-    both = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return "".join(a for a, _ in both) if len(texts) > 1 else ""
 
 
 def marks(texts: Sequence[str]) -> list[str]:

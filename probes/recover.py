@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from . import backends, prune
 from .anatomy import dropped, linears
-from .items import SEED
+from .items import SEED, without_examples
 from .model import Model, pad
-from .neurons import marks, own
+from .neurons import marks
 from .recipe import Integer
 
 METHODS = ("lora", "full", "scale", "temperature")
@@ -94,7 +94,6 @@ class Change:
 
     learned: dict[str, Tensor]
     weights: Callable[[], dict[str, Tensor]]
-    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 def change(candidate: Model, training: Training) -> Change:
@@ -242,8 +241,8 @@ def recover(
         ).encode()
     ).hexdigest()
     run = _Run(candidate, made, training, train, held)
-    if state is not None:
-        run.resume(state, key)
+    if state is None or not run.resume(state, key):
+        run.validate()
     while run.step < training.steps and run.stale < PATIENCE:
         run.advance()
         if run.step % EVERY == 0 or run.step == training.steps:
@@ -257,7 +256,7 @@ def recover(
 def _split(
     candidate: Model, texts: Sequence[str], training: Training
 ) -> tuple[list[list[int]], list[list[int]]]:
-    chosen = own(list(texts))
+    chosen = without_examples(texts)
     order = random.Random(training.seed)
     order.shuffle(chosen)
     if training.method in ("scale", "temperature"):
@@ -286,7 +285,6 @@ class _Run:
         )
         self.step = self.stale = 0
         self.losses: list[tuple[int, float]] = []
-        self.validate()
 
     def advance(self) -> None:
         """One step on the batch that is its turn."""
@@ -348,11 +346,11 @@ class _Run:
         )  # fmt: skip
         scratch.replace(folder / "training.safetensors")
 
-    def resume(self, folder: Path, key: str) -> None:
-        """Go on from a checkpoint, if there is one."""
+    def resume(self, folder: Path, key: str) -> bool:
+        """Go on from a checkpoint; whether there is one."""
         file = folder / "training.safetensors"
         if not file.is_file():
-            return
+            return False
         from safetensors import safe_open
 
         with safe_open(file, "pt") as opened:  # type: ignore[no-untyped-call]
@@ -372,6 +370,7 @@ class _Run:
                     k: tensors[f"{k}.{n}"] if k != "step" else tensors[f"{k}.{n}"].cpu()
                     for k in ("step", "exp_avg", "exp_avg_sq")
                 }
+        return True
 
     @torch.no_grad()
     def result(self, texts: Sequence[str]) -> Model:

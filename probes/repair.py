@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 
 from ..analysis import schema
-from .anatomy import SUBLAYERS
+from .anatomy import SUBLAYERS, paths
 from .items import SEED, Task
 from .model import Model
 from .recipe import Layers, Place, Recipe, Step
@@ -33,11 +33,9 @@ def restored(dense: Model, candidate: Model, places: Sequence[Place]) -> Model:
     shared = {id(p): p for p in dense.module.parameters()}
     for site, layer in places:
         theirs = dense.anatomy.blocks(dense.module)[layer]
-        part = anatomy.attn if site == "attn" else anatomy.mlp
-        for path in (part.norm, *part.body, part.post):
-            if path is not None:
-                own = copy.deepcopy(theirs.get_submodule(path), dict(shared))
-                blocks[layer].set_submodule(path, own)
+        for path in paths(anatomy, "attn" if site == "attn" else "mlp"):
+            own = copy.deepcopy(theirs.get_submodule(path), dict(shared))
+            blocks[layer].set_submodule(path, own)
         dropped = made.achieved.get("dropped", {}).get(site, [])
         if layer in dropped:
             dropped.remove(layer)

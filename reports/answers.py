@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jinja2
 import numpy as np
 import xarray as xr
 
+from ..probes.items import without_examples
 from .picture import having, safe
 
 FOLDER = "answers"
@@ -45,8 +45,8 @@ def _tasks(scores: xr.Dataset) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
     for name, format in dict.fromkeys(asked):
         mine = [i for i, key in zip(items, asked, strict=True) if key == (name, format)]
-        start = _shared([i["prompt"] for i in mine])
-        mine = [{**i, "prompt": _ending(i["prompt"][start:])} for i in mine]
+        prompts = without_examples([i["prompt"] for i in mine])
+        mine = [{**i, "prompt": _ending(p)} for i, p in zip(mine, prompts, strict=True)]
         count = Counter(i["kind"] for i in mine)
         result.append({"name": name, "format": format, "rows": mine, "count": count})
     return result
@@ -80,13 +80,6 @@ def _kind(dense: bool, candidate: bool) -> str:
 
 def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _shared(prompts: list[str]) -> int:
-    """Where the solved examples end that all prompts begin with."""
-    first, last = min(prompts), max(prompts)
-    both = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
-    return "".join(a for a, _ in both).rfind("\n") + 1 if first != last else 0
 
 
 def _ending(prompt: str) -> str:

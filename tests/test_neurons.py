@@ -8,7 +8,7 @@ import torch
 import xarray as xr
 from prunescope.probes import load_tasks, neurons
 from prunescope.probes.compress import compress
-from prunescope.probes.items import TaskError
+from prunescope.probes.items import TaskError, without_examples
 from prunescope.probes.load import load
 from prunescope.probes.model import encode
 from prunescope.probes.recipe import Neurons, Recipe, RecipeError
@@ -209,7 +209,7 @@ def test_texts_that_rank_are_not_those_that_score():
     assert not asked & set(pool)
     with pytest.raises(TaskError, match=r"leaves 0 to rank neurons by.*--limit"):
         neurons.pools(["counting"], scored=load_tasks(["counting"]))
-    own = neurons.own(pool)
+    own = without_examples(pool)
     assert own == [text.rsplit("\n", 1)[-1] for text in pool], "solved examples are left out"
 
 

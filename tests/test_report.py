@@ -108,11 +108,12 @@ def test_many_cells_stand_in_rows_of_four(tmp_path):
 
 
 def test_solved_examples_are_left_out_of_the_answers():
-    from prunescope.reports.answers import _shared
+    from prunescope.probes.items import without_examples
 
     shots = "1 + 1 = 2\n2 + 2 = 4\n"
-    assert _shared([f"{shots}3 + 4 =", f"{shots}3 + 5 ="]) == len(shots)
-    assert _shared([shots]) == _shared([shots, shots]) == 0
+    assert without_examples([f"{shots}3 + 4 =", f"{shots}3 + 5 ="]) == ["3 + 4 =", "3 + 5 ="]
+    assert without_examples([shots]) == [shots]
+    assert without_examples([shots, shots]) == [shots, shots]
 
 
 def test_every_answer_of_both_models_is_a_page_away(rendered):
