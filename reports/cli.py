@@ -271,6 +271,63 @@ def recover(
 
 
 @app.command(epilog=EPILOG)
+def sweep(
+    study: Annotated[
+        Path,
+        typer.Argument(help="TOML file: models, recipes as attn-drop@{1,3,5}, seeds, options."),
+    ],
+    out: OutOption,
+    workers: Annotated[int, typer.Option("--workers", help="Cells made at once.")] = 1,
+    engine: Annotated[
+        str, typer.Option("--engine", help="local: processes on this machine; ray: a cluster.")
+    ] = "local",
+    cpus: Annotated[float, typer.Option("--cpus", help="Cores of a worker on Ray.")] = 1,
+    gpus: Annotated[float, typer.Option("--gpus", help="GPUs of a worker on Ray.")] = 0,
+    data: DataOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells and what they may take; make none.")
+    ] = False,
+) -> None:
+    """Make every cell of a STUDY: models x recipes x seeds, resumable, and report on them all."""
+    from .engines import workers as started
+    from .studyfile import plans, read
+    from .sweep import failures
+    from .sweep import sweep as carry_out
+
+    what = plans(read(study, data=str(data) if data else None), out)
+    if dry_run:
+        _dry_run(what)
+        return
+    with Progress() as progress:
+        start = started(engine, workers, out, progress, cpus=cpus, gpus=gpus)
+        carry_out(what, start, progress)
+    failed = failures(out)
+    for failure in failed:
+        print(f"failed: {failure}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _dry_run(what: Any) -> None:
+    """Every cell, whether it is there, and an estimate of time and memory."""
+    from .estimate import estimate
+
+    table = Table("model", "cell", "state", "minutes", "GB", box=None, pad_edge=False)
+    rows = [row for name, one in what.items() for row in estimate(name, one)]
+    for row in rows:
+        table.add_row(
+            row.model, row.cell, row.state, f"{row.seconds / 60:.1f}", f"{row.gigabytes:.1f}"
+        )
+    Console().print(table, markup=False)
+    left = [r for r in rows if r.state != "done"]
+    print(
+        f"{len(rows)} cells, {len(left)} to be made: about {sum(r.seconds for r in left) / 60:.0f} minutes one after "
+        f"the other, {max((r.gigabytes for r in left), default=0):.1f} GB at once for each worker "
+        f"({rows[0].basis if rows else 'no cells'})"
+    )
+
+
+@app.command(epilog=EPILOG)
 def report(
     folder: Annotated[list[Path], typer.Argument(help="Folders that diagnose or compare wrote.")],
     out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],

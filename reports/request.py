@@ -20,6 +20,9 @@ from ..probes.tasks import load_tasks
 from ..probes.texts import read_texts
 from ..probes.twins import TWINS, data_text
 
+SKIPPABLE = ("layers", "decoding", "speed")
+"""Parts of a cell that a study may leave out; causes are left out by `causes` 0."""
+
 
 class StudyError(ValueError):
     """A study that cannot start as asked; the message says why and what to do."""
@@ -49,6 +52,7 @@ class Request:
     dtype: str = "float32"
     device: str = "cpu"
     trust_remote_code: bool = False
+    skip: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """The cells, in order."""
@@ -122,6 +126,8 @@ def _check_numbers(request: Request) -> None:
         raise StudyError(f"--temperature is {request.temperature}; it must be above 0")
     if request.dtype not in DTYPES:
         raise StudyError(f"--dtype {request.dtype!r} is not one of {', '.join(DTYPES)}")
+    if unknown := [part for part in request.skip if part not in SKIPPABLE]:
+        raise StudyError(f"skip: {unknown[0]!r} is not one of {', '.join(SKIPPABLE)}")
     if request.lens not in ("norm", "raw"):
         raise StudyError(f"--lens {request.lens!r} is not one of norm, raw")
     try:

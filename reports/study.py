@@ -1,7 +1,7 @@
 """Running a study: cells one after the other, each complete or absent, in a folder that resumes.
 
 DIR/study.json          what was asked; another request for the same folder is refused
-DIR/dense-answers.json  the dense model's answers, made once
+DIR/dense.json          the dense model's answers and texts, made once
 DIR/cells/*.nc          one netCDF file per cell
 """
 
@@ -36,6 +36,7 @@ from ..probes.patch import patch
 from ..probes.rank import calibration_texts
 from ..probes.repair import arms, repair
 from ..probes.score import Answer, answers, pair
+from ..probes.shape import shape
 from ..probes.speed import speed
 from ..probes.subspace import check_letters
 from ..probes.writing import write
@@ -47,8 +48,12 @@ REMEMBERED = 4  # of them, those on which memories are exchanged
 PEAK_UNIT = 1024  # ru_maxrss counts KiB on Linux
 
 
+class CellError(RuntimeError):
+    """A cell whose numbers mean nothing; the message says why."""
+
+
 @dataclass(frozen=True)
-class _Dense:
+class Dense:
     """The dense side of every cell, made once."""
 
     model: Model
@@ -63,23 +68,52 @@ def run(what: Plan, progress: Progress) -> None:
     if not missing:
         progress.say(f"all {len(what.request.names())} cells are there already")
         return
+    what, dense = prepare(what, progress)
+    for name in missing:
+        make(what, name, dense, progress)
+
+
+def prepare(what: Plan, progress: Progress, *, lenient: bool = False) -> tuple[Plan, Dense]:
+    """Load the dense model, check the plan against it and make what all cells share.
+
+    Args:
+        what: the plan.
+        progress: told what runs.
+        lenient: leave recipes that this model does not allow to be found cell by cell.
+
+    Raises:
+        RecipeError, TaskError, MeasureError, DecodeError: what this model does not allow.
+    """
     with progress.task(f"loading {what.request.model}"):
         model = _load(what.request, what.request.model, progress)
     if what.request.chat:
         what = replace(what, tasks=tuple(chatted(model, what.tasks)))
-    _check_against(what, model)
+    _check_against(what, model, lenient)
     what.folder.mkdir(parents=True, exist_ok=True)
     _write_json(what.folder / "study.json", _merged(what.request, what.folder))
-    dense = _dense(what, model, progress)
-    for name in missing:
-        _cell(what, name, dense, progress)
+    return what, _dense(what, model, progress)
 
 
-def _dense(what: Plan, model: Model, progress: Progress) -> _Dense:
-    replies = _dense_answers(what, model, progress)
+def _dense(what: Plan, model: Model, progress: Progress) -> Dense:
+    """Made once for a study: what is in its file is for the same items, texts and weights."""
+    file, key = what.folder / "dense.json", _dense_key(what, model)
+    with suppress(FileNotFoundError):
+        there = json.loads(file.read_text("utf-8"))
+        if there["key"] == key:
+            replies = [[Answer(**a) for a in side] for side in there["answers"]]
+            return Dense(model, replies, there["texts"], cost(model))
+    replies = _answers(model, what.scored, "dense", progress)
     with progress.task("dense: writing") as tick:
         texts = _texts(what, model, tick)
-    return _Dense(model, replies, texts, cost(model))
+    plain = [[asdict(a) for a in side] for side in replies]
+    _write_json(file, {"key": key, "answers": plain, "texts": texts})
+    return Dense(model, replies, texts, cost(model))
+
+
+def _dense_key(what: Plan, model: Model) -> str:
+    scored = json.dumps([asdict(t) for t in what.scored], sort_keys=True)
+    written = json.dumps([what.prompts[:DECODED], _decoding(what.request)])
+    return provenance.text_hash([scored, written, model.weights])
 
 
 def _texts(what: Plan, model: Model, tick: Callable[[float], None]) -> list[list[int]]:
@@ -97,8 +131,8 @@ def _load(request: Request, source: str, progress: Progress) -> Model:
     )  # fmt: skip
 
 
-def _check_against(what: Plan, dense: Model) -> None:
-    for recipe in what.recipes.values():
+def _check_against(what: Plan, dense: Model, lenient: bool) -> None:
+    for recipe in [] if lenient else what.recipes.values():
         check_recipe(dense, recipe)
     check_letters(dense, what.tasks)
     check_prompts(dense, what.prompts)
@@ -114,20 +148,6 @@ def _merged(request: Request, folder: Path) -> dict[str, Any]:
     return new
 
 
-def _dense_answers(what: Plan, dense: Model, progress: Progress) -> list[list[Answer]]:
-    file = what.folder / "dense-answers.json"
-    key = provenance.text_hash(
-        [json.dumps([asdict(t) for t in what.scored], sort_keys=True), dense.weights]
-    )
-    if file.is_file():
-        kept = json.loads(file.read_text("utf-8"))
-        if kept["key"] == key:
-            return [[Answer(**a) for a in answers] for answers in kept["answers"]]
-    made = _answers(dense, what.scored, "dense", progress)
-    _write_json(file, {"key": key, "answers": [[asdict(a) for a in side] for side in made]})
-    return made
-
-
 def _answers(
     model: Model, tasks: Sequence[Task], name: str, progress: Progress
 ) -> list[list[Answer]]:
@@ -135,8 +155,12 @@ def _answers(
         return answers(model, tasks, progress=tick)
 
 
-def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
-    """Make one cell and write its file; the candidate is gone from memory afterwards."""
+def make(what: Plan, name: str, dense: Dense, progress: Progress) -> None:
+    """Make one cell and write its file; the candidate is gone from memory afterwards.
+
+    Raises:
+        CellError: the candidate's logits are not finite.
+    """
     clock, seconds = time.perf_counter(), dict[str, float]()
 
     def lap(part: str) -> None:
@@ -146,18 +170,15 @@ def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
 
     candidate = _candidate(what, name, dense.model, progress)
     lap("compress")
-    with progress.task(f"{name}: states, every layer") as tick:
-        tree = _measure(what, dense.model, candidate, tick)
+    tree = _measure(what, name, dense.model, candidate, progress)
     lap("measure")
     tasked = _tasked(what, name, dense, candidate, progress)
     lap("score")
-    with progress.task(f"{name}: decoding") as tick:
-        decoded = _decode(what, dense, candidate, tick)
+    decoded = _decode(what, name, dense, candidate, progress)
     lap("decode")
     caused = _causes(what, dense, candidate, tree, name, progress)
     lap("causes")
-    with progress.task(f"{name}: speed") as tick:
-        rates = speed(dense.model, candidate, progress=tick)
+    rates = _speed(what, name, dense, candidate, progress)
     lap("speed")
     groups = {n: node.to_dataset() for n, node in tree.children.items()}
     groups |= {
@@ -172,7 +193,7 @@ def _cell(what: Plan, name: str, dense: _Dense, progress: Progress) -> None:
 
 
 def _tasked(
-    what: Plan, name: str, dense: _Dense, candidate: Model, progress: Progress
+    what: Plan, name: str, dense: Dense, candidate: Model, progress: Progress
 ) -> dict[str, xr.Dataset]:
     """What the tasks say: `/scores`, and the groups of those that are not right or wrong."""
     groups: dict[str, xr.Dataset] = {}
@@ -201,31 +222,52 @@ def _candidate(what: Plan, name: str, dense: Model, progress: Progress) -> Model
 
 
 def _measure(
-    what: Plan, dense: Model, candidate: Model, tick: Callable[[float], None]
+    what: Plan, name: str, dense: Model, candidate: Model, progress: Progress
 ) -> xr.DataTree:
-    layerwise = True
+    layerwise = "layers" not in what.request.skip
     try:
-        check_pair(dense, candidate)
+        check_pair(dense, candidate, layerwise)
     except MeasureError:  # checked without layers before: only the layers do not match
         layerwise = False
-    return measure(
-        dense, candidate, prompts=what.prompts, temperature=what.request.temperature,
-        lens="raw" if what.request.lens == "raw" else "norm", layerwise=layerwise, progress=tick,
-    )  # fmt: skip
+    with progress.task(f"{name}: states{', every layer' * layerwise}") as tick:
+        cell = measure(
+            dense, candidate, prompts=what.prompts, temperature=what.request.temperature,
+            lens="raw" if what.request.lens == "raw" else "norm", layerwise=layerwise, progress=tick,
+        )  # fmt: skip
+        first = cell["output"].kl.isel(token=0).values
+        if not np.isfinite(first).all():
+            raise CellError(
+                f"the logits of {name} are not finite ({int((~np.isfinite(first)).sum())} of "
+                f"{len(first)} prompts), so nothing about it can be measured"
+            )
+        cell["shape"] = shape(dense, candidate, prompts=what.prompts)
+    return cell
 
 
 def _decode(
-    what: Plan, dense: _Dense, candidate: Model, tick: Callable[[float], None]
+    what: Plan, name: str, dense: Dense, candidate: Model, progress: Progress
 ) -> dict[str, xr.Dataset]:
-    cell = decode(
-        dense.model, candidate, prompts=what.prompts[:DECODED], written=dense.texts, progress=tick,
-        **_decoding(what.request),
-    )  # fmt: skip
+    if "decoding" in what.request.skip:
+        return {}
+    with progress.task(f"{name}: decoding") as tick:
+        cell = decode(
+            dense.model, candidate, prompts=what.prompts[:DECODED], written=dense.texts,
+            progress=tick, **_decoding(what.request),
+        )  # fmt: skip
     return {name: node.to_dataset() for name, node in cell.children.items()}
 
 
+def _speed(
+    what: Plan, name: str, dense: Dense, candidate: Model, progress: Progress
+) -> dict[str, np.ndarray]:
+    if "speed" in what.request.skip:
+        return {}
+    with progress.task(f"{name}: speed") as tick:
+        return speed(dense.model, candidate, progress=tick)
+
+
 def _causes(
-    what: Plan, dense: _Dense, candidate: Model, tree: xr.DataTree, name: str, progress: Progress
+    what: Plan, dense: Dense, candidate: Model, tree: xr.DataTree, name: str, progress: Progress
 ) -> dict[str, xr.Dataset]:
     """Patched models, memories and, asked for, repairs: where layers have counterparts."""
     if not what.request.causes or "shifts" not in tree.children:
