@@ -2,5 +2,6 @@
 
 from .findings import Finding, diagnose
 from .schema import read, write
+from .studies import open_study
 
-__all__ = ["Finding", "diagnose", "read", "write"]
+__all__ = ["Finding", "diagnose", "open_study", "read", "write"]

@@ -184,11 +184,11 @@ def _contrast(mine: Sequence[Cut], theirs: Sequence[Cut]) -> Contrast | None:
     items = np.concatenate(weighted)
     return Contrast(
         mine[0].target, mine[0].order, theirs[0].order, mine[0].asked, len(seeds), len(items),
-        interval(float(items.sum()), drawn), _flipped(items),
+        interval(float(items.sum()), drawn), flipped(items),
     )  # fmt: skip
 
 
-def _flipped(items: np.ndarray) -> float:
+def flipped(items: np.ndarray) -> float:
     """Two-sided p-value that a sum is as far from 0 when the sign of each term is drawn."""
     signs = np.random.default_rng(SEED).choice([-1.0, 1.0], (FLIPS, len(items)))
     far = np.abs(signs @ items) >= abs(items.sum()) - 1e-12

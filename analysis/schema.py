@@ -103,6 +103,11 @@ SCHEMA: dict[str, dict[str, Variable]] = {
             ("component",), "1", "share of |dz|^2, common shift left out, in each direction"
         ),
     },
+    "summary": {
+        "value": Variable(
+            ("figure",), "", "one number of each figure of the cell, as studies use it"
+        ),
+    },
     "scores": {
         "score": Variable(("item", "model"), "1", "1 right, 0 wrong"),
         "no_answer": Variable(("item", "model"), "1", "1 where nothing could be read as an answer"),

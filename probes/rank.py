@@ -8,7 +8,11 @@ dropping this sublayer alone does, measured.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -18,7 +22,9 @@ from . import trace
 from .anatomy import contribution
 from .kernels import compare_many
 from .layerwise import layer_calls, sequences
+from .load import cache_folder
 from .model import Model, encode
+from .reduction import worth_fusing
 from .twins import data_text
 
 TOKENS = 128  # per text, at most
@@ -44,7 +50,7 @@ def importance(
     """
     chosen = list(texts) if texts is not None else calibration_texts()
     if by in DAMAGE:
-        return damage(model, chosen, DAMAGE[by])
+        return remembered(model, chosen)[by]
     sums = {name: np.zeros(model.layer_count) for name in KINDS}
     count = 0
     for start in range(0, len(chosen), BATCH):
@@ -57,16 +63,40 @@ def importance(
     return {name: 1 - total / count for name, total in sums.items()}
 
 
+def remembered(model: Model, texts: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """`damage`, kept in the cache folder for a model whose weights nothing was done to yet.
+
+    A study ranks by the same sweep in many cells, and the sweep is the slowest part of them.
+    """
+    if not model.weights or model.achieved:
+        return damage(model, texts)
+    told = (model.weights, str(model.dtype), TOKENS, model.readout().softcap, *texts)
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    file = cache_folder() / "damage" / f"{key}.json"
+    with suppress(OSError, ValueError):
+        there = json.loads(file.read_text("utf-8"))
+        return {by: {k: np.array(v) for k, v in kinds.items()} for by, kinds in there.items()}
+    found = damage(model, texts)
+    plain = {by: {k: v.tolist() for k, v in kinds.items()} for by, kinds in found.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_name(f".writing-{os.getpid()}-{file.name}")
+    scratch.write_text(json.dumps(plain), "utf-8")
+    scratch.replace(file)
+    return found
+
+
 @torch.no_grad()
-def damage(model: Model, texts: list[str], figure: str) -> dict[str, np.ndarray]:
-    """Mean of a figure at the output when one sublayer (or whole layer) alone is dropped.
+def damage(model: Model, texts: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Mean of every figure of `DAMAGE` at the output when one sublayer (or layer) alone is dropped.
 
     One sweep over the layers for all of them: at each layer the states without it join the batch of
     those that miss an earlier one, so that the dense prefix is computed once.
     """
     tokens = sequences(model, texts, TOKENS)
     calls = layer_calls(model, tokens[:1])
-    readout, total = model.readout(), np.zeros((model.layer_count, len(KINDS)))
+    readout = model.readout()
+    total = np.zeros((len(DAMAGE), model.layer_count, len(KINDS)))
+    compiled = worth_fusing(tokens.numel() * model.layer_count * len(KINDS) * model.vocabulary)
     for row in tokens.split(1):
         batch = {"input_ids": row, "attention_mask": torch.ones_like(row)}
         seen: dict[str, Tensor] = {}
@@ -76,11 +106,14 @@ def damage(model: Model, texts: list[str], figure: str) -> dict[str, np.ndarray]
             after = list(call(torch.cat(states)).split(1)) if states else []
             states = after + _without(model, layer, seen)
         found = compare_many(
-            seen["final_norm.input"][0], [state[0] for state in states], readout, readout
+            seen["final_norm.input"][0], [s[0] for s in states], readout, readout, compiled=compiled
         )
-        means = [float(figures[figure].mean()) for figures in found]
+        means = [[float(f[figure].mean()) for f in found] for figure in DAMAGE.values()]
         total += np.array(means).reshape(total.shape)
-    return dict(zip(KINDS, (total / len(tokens)).T, strict=True))
+    return {
+        by: dict(zip(KINDS, part.T, strict=True))
+        for by, part in zip(DAMAGE, total / len(tokens), strict=True)
+    }
 
 
 def _without(model: Model, layer: int, seen: dict[str, Tensor]) -> list[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import sys
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from ..analysis.schema import SCHEMA, SchemaError
 from ..probes.recipe import METHODS, Recipe, RecipeError
-from .progress import Progress
+from .progress import Progress, hush
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -289,7 +288,9 @@ def sweep(
     ] = False,
 ) -> None:
     """Make every cell of a STUDY: models x recipes x seeds, resumable, and report on them all."""
+    from ..analysis.studies import finished
     from .engines import workers as started
+    from .study_page import render_study
     from .studyfile import plans, read
     from .sweep import failures
     from .sweep import sweep as carry_out
@@ -300,7 +301,17 @@ def sweep(
         return
     with Progress() as progress:
         start = started(engine, workers, out, progress, cpus=cpus, gpus=gpus)
-        carry_out(what, start, progress)
+        try:
+            carry_out(what, start, progress)
+        except KeyboardInterrupt:
+            progress.say(
+                f"\ninterrupted; finished cells are kept in {out}, the same command goes on from there"
+            )
+            raise
+        with progress.task("report"):
+            page = render_study(out, out / "report.html") if finished(out) else None
+    if page is not None:
+        print(page)
     failed = failures(out)
     for failure in failed:
         print(f"failed: {failure}", file=sys.stderr)
@@ -328,14 +339,43 @@ def _dry_run(what: Any) -> None:
 
 
 @app.command(epilog=EPILOG)
+def forecast(
+    candidate: Annotated[
+        str, typer.Argument(help="A compressed model (folder, hub id, .gguf) or a recipe.")
+    ],
+    study: Annotated[Path, typer.Option("--study", help="Folder that sweep or diagnose wrote.")],
+    dense: Annotated[
+        str, typer.Option("--dense", help="What it was made from (default: the study's model).")
+    ] = "",
+    device: DeviceOption = "cpu",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Foretell what CANDIDATE keeps, from one pass over a study's prompts, without scoring it."""
+    from .foretell import foretell
+
+    with Progress() as progress:
+        told, covered = foretell(
+            candidate, study, dense, progress, device=device, trust_remote_code=trust_remote_code
+        )
+    print(told)
+    if not covered:
+        raise typer.Exit(1)
+
+
+@app.command(epilog=EPILOG)
 def report(
     folder: Annotated[list[Path], typer.Argument(help="Folders that diagnose or compare wrote.")],
     out: Annotated[Path, typer.Option("--out", help="The HTML file to write.")],
 ) -> None:
-    """Render the report again, from one run or several."""
+    """Render the report again, from one run or several, or of a sweep."""
+    from ..analysis.studies import finished
     from .render import render
     from .study import cells
+    from .study_page import render_study
 
+    if len(folder) == 1 and not (folder[0] / "study.json").exists() and finished(folder[0]):
+        print(render_study(folder[0], out))  # of a sweep: all its cells together
+        return
     found: dict[str, Any] = {}
     for place in folder:
         for name, cell in cells(place).items():
@@ -437,6 +477,7 @@ def _study(options: dict[str, Any], out: Path) -> None:
 
 
 def _usage_errors() -> tuple[type[Exception], ...]:
+    from ..analysis.forecast import ForecastError
     from ..probes.anatomy import AnatomyError
     from ..probes.backends import BackendError
     from ..probes.decode import DecodeError
@@ -453,6 +494,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
         AnatomyError,
         BackendError,
         DecodeError,
+        ForecastError,
         LoadError,
         MeasureError,
         RecipeError,
@@ -468,12 +510,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
 
 def main() -> None:
     """Entry point: usage errors end with status 2, failures with 1, an interrupt with 130."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for library in (
-        "torchao",
-        "torch.utils._pytree",
-    ):  # notes on missing GPU code, where it is there
-        logging.getLogger(library).setLevel(logging.ERROR)
+    hush()
     try:
         app()
     except KeyboardInterrupt:

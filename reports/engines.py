@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 
-from .progress import Progress
+from .progress import Progress, hush
 from .request import Plan, StudyError
 from .study import Dense, make, prepare
 
@@ -86,6 +86,7 @@ def _quiet(log: str) -> Progress:
 
 def _serve(pipe: Any, threads: int, log: str) -> None:
     """What a process beside this one does until its pipe closes."""
+    hush()
     torch.set_num_threads(threads)
     worker = Here(_quiet(log))
     with suppress(EOFError, KeyboardInterrupt):
@@ -152,11 +153,15 @@ class _Actor:
     """What runs in the cluster."""
 
     def __init__(self, cpus: float) -> None:
+        hush()
         torch.set_num_threads(max(1, int(cpus)))
         self._worker = Here(_quiet(os.devnull))
 
     def do(self, what: Plan, name: str | None) -> Trouble | None:
         return self._worker.do(what, name)
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
 def ray_module() -> Any:

@@ -74,14 +74,14 @@ def render(
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     pictures = figures.draw(cells)
-    _write_figures(pictures, target.parent / "figures")
-    _write(
+    write_figures(pictures, target.parent / "figures")
+    write_text(
         target.parent / "summary.json", json.dumps(summary(cells, found), indent=1, allow_nan=False)
     )
-    for file, text in answers.pages(cells, _environment(), target).items():
+    for file, text in answers.pages(cells, environment(), target).items():
         file.parent.mkdir(exist_ok=True)
-        _write(file, text)
-    _write(target, page(cells, found, pictures))
+        write_text(file, text)
+    write_text(target, page(cells, found, pictures))
     return target
 
 
@@ -91,7 +91,7 @@ def page(
     """The whole page as text. Everything that a model wrote is escaped by the template."""
     sections = [_section(name, cell, found, pictures) for name, cell in cells.items()]
     return (
-        _environment()
+        environment()
         .get_template("report.html.jinja")
         .render(
             sections=sections,
@@ -113,7 +113,8 @@ def page(
     )
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates, escaping on, with `number`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -125,7 +126,7 @@ def _environment() -> jinja2.Environment:
 
 def summary(cells: Mapping[str, xr.DataTree], found: Sequence[Finding]) -> dict[str, Any]:
     """What the page says, for programs: findings, retention, theory and provenance of each cell."""
-    return _finite(
+    return finite(
         {
             "schema": schema.VERSION,
             "findings": [f.plain() for f in found],
@@ -190,12 +191,12 @@ def _decoding_summary(steps: xr.Dataset) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """NaN and infinities are no JSON: they become null."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     if isinstance(value, float | np.floating):
         return float(value) if np.isfinite(value) else None
     return value
@@ -315,13 +316,15 @@ def _number(value: float) -> str:
     return "–" if not np.isfinite(value) else f"{value:.2f}"
 
 
-def _write_figures(pictures: Sequence[Picture], folder: Path) -> None:
+def write_figures(pictures: Sequence[Picture], folder: Path) -> None:
+    """Each picture as an SVG file."""
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         (folder / f"{picture.name}.svg").write_bytes(picture.svg)
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Beside its place first, then renamed."""
     scratch = file.with_name(f".{file.name}.writing")
     scratch.write_text(text, "utf-8")
     scratch.replace(file)

@@ -105,7 +105,7 @@ def plan(request: Request, folder: Path) -> Plan:
         exists(source)
     tasks = tuple(_tasks(request))
     _check_code(request, tasks)
-    prompts = tuple(_prompts(request))
+    prompts = tuple(read_prompts(request.prompts))
     calibration = read_calibration(request.calibration)
     named = [name for recipe in recipes.values() for name in ranked_by(recipe)]
     ranking = pools(named, Path(request.data) if request.data else None, tasks)
@@ -168,10 +168,13 @@ def _check_code(request: Request, tasks: Sequence[Task]) -> None:
         sandbox.require()
 
 
-def _prompts(request: Request) -> list[str]:
-    if request.prompts is None:
-        return default_prompts()
-    return read_texts(request.prompts, "--prompts")
+def read_prompts(source: str | None) -> list[str]:
+    """The prompts of a file, one a line; None for those that ship with us.
+
+    Raises:
+        TextError: they cannot be read.
+    """
+    return default_prompts() if source is None else read_texts(source, "--prompts")
 
 
 def read_calibration(source: str | None) -> tuple[str, ...] | None:

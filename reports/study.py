@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from ..analysis import causes, provenance, schema
+from ..analysis.summary import summarise
 from ..probes.chat import chatted
 from ..probes.compress import check as check_recipe
 from ..probes.compress import compress, cost
@@ -30,7 +32,7 @@ from ..probes.items import Task
 from ..probes.load import load
 from ..probes.measure import MeasureError, check_pair, check_prompts, measure
 from ..probes.memory import remember
-from ..probes.model import Model
+from ..probes.model import Model, encode
 from ..probes.neurons import check_apart
 from ..probes.patch import patch
 from ..probes.rank import calibration_texts
@@ -169,6 +171,7 @@ def make(what: Plan, name: str, dense: Dense, progress: Progress) -> None:
         seconds[part], clock = now - clock, now
 
     candidate = _candidate(what, name, dense.model, progress)
+    _check_finite(candidate, name, what.prompts[0])
     lap("compress")
     tree = _measure(what, name, dense.model, candidate, progress)
     lap("measure")
@@ -188,8 +191,20 @@ def make(what: Plan, name: str, dense: Dense, progress: Progress) -> None:
         **candidate.measured,
         "cost": _cost(dense.cost, candidate, rates, seconds),
     }
-    stamp = _provenance(what, name, dense.model, candidate)
-    schema.write(schema.tree(groups, stamp), what.cell(name))
+    cell = schema.tree(groups, _provenance(what, name, dense.model, candidate))
+    cell["summary"] = summarise(cell)
+    schema.write(cell, what.cell(name))
+
+
+def _check_finite(candidate: Model, name: str, prompt: str) -> None:
+    """Raises CellError where a candidate's logits are none."""
+    with torch.no_grad():
+        logits = candidate.module(**encode(candidate, [prompt])).logits
+    if not bool(torch.isfinite(logits).all()):
+        raise CellError(
+            f"logits of {name} are not finite, so nothing about it can be measured: the weights or the type "
+            f"that they are computed in ({candidate.dtype}) are at fault"
+        )
 
 
 def _tasked(
@@ -234,12 +249,6 @@ def _measure(
             dense, candidate, prompts=what.prompts, temperature=what.request.temperature,
             lens="raw" if what.request.lens == "raw" else "norm", layerwise=layerwise, progress=tick,
         )  # fmt: skip
-        first = cell["output"].kl.isel(token=0).values
-        if not np.isfinite(first).all():
-            raise CellError(
-                f"the logits of {name} are not finite ({int((~np.isfinite(first)).sum())} of "
-                f"{len(first)} prompts), so nothing about it can be measured"
-            )
         cell["shape"] = shape(dense, candidate, prompts=what.prompts)
     return cell
 
@@ -377,7 +386,7 @@ def cells(folder: Path) -> dict[str, xr.DataTree]:
     order = [*asked.get("recipes", []), *asked.get("candidates", [])]
     found = {
         str(tree.attrs["recipe"]): tree
-        for tree in map(schema.read, sorted(folder.glob("cells/*.nc")))
+        for tree in map(schema.read, sorted(folder.glob("cells/[!.]*.nc")))
     }
     if not found:
         raise StudyError(
