@@ -26,6 +26,7 @@ bench: $(VENV)/.tested  ## measured ratios, side by side in one run (not a timed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.patching
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.neurons --cost
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.compression
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.benchmarks.study
 
 $(VENV)/bin/python:
 	@echo "== creating $(VENV)"

@@ -37,6 +37,8 @@ class Reach:
 def reaches(study: xr.Dataset) -> list[Reach]:
     """Every method on every model, for writing and for choosing."""
     found: list[Reach] = []
+    if "compression" not in study:
+        return found
     pairs = dict.fromkeys(
         zip(study.model.values.tolist(), study.method.values.tolist(), strict=True)
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
 from . import collapse, schema
 from .neurons import flipped
+from .places import place
 from .statistics import DRAWS, SEED, Interval, holm, interval, resamples
 
 BASELINE = "cosine"
@@ -77,7 +77,7 @@ def _against(ranking: str, pairs: Sequence[_Pair], format: str) -> Ranked | None
     tasks: dict[str, list[np.ndarray]] = {}
     wins = same = 0
     for model, cosine, other in pairs:
-        sides = [schema.read_group(Path(file), "scores") for file in (cosine, other)]
+        sides = [schema.read_group(place(file), "scores") for file in (cosine, other)]
         items = [i for (_, f), i in collapse.informative(sides[0]).items() if f == format]
         if not items:
             continue

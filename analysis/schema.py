@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from .places import is_local, opened, put
+
 VERSION = "1"
 H = "arXiv 2603.24652"
 N = "arXiv 2604.27115"
@@ -297,6 +299,9 @@ def write(cell: xr.DataTree, path: Path) -> None:
     for name, node in cell.children.items():
         check_group(name, node.to_dataset())
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_local(path):
+        put(path, lambda file: cell.to_netcdf(file, engine="h5netcdf", encoding=_encoding(cell)))
+        return
     scratch = path.with_name(f".writing-{os.getpid()}-{path.name}")
     try:
         cell.to_netcdf(scratch, engine="h5netcdf", encoding=_encoding(cell))
@@ -323,8 +328,8 @@ def read(path: Path) -> xr.DataTree:
         SchemaError: no netCDF file, or one of another schema version.
     """
     try:
-        with xr.open_datatree(path, engine="h5netcdf") as opened:
-            cell = opened.load()
+        with xr.open_datatree(opened(path), engine="h5netcdf") as there:
+            cell = there.load()
     except (OSError, ValueError) as error:
         raise SchemaError(f"{path}: cannot be read as netCDF ({error})") from error
     version = cell.attrs.get("schema")
@@ -342,8 +347,8 @@ def read_group(path: Path, group: str) -> xr.Dataset:
         SchemaError: no netCDF file, or one without this group.
     """
     try:
-        with xr.open_dataset(path, group=f"/{group}", engine="h5netcdf") as opened:
-            return opened.load()
+        with xr.open_dataset(opened(path), group=f"/{group}", engine="h5netcdf") as there:
+            return there.load()
     except (OSError, ValueError) as error:
         raise SchemaError(f"{path}: /{group} cannot be read ({error})") from error
 

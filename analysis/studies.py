@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from . import schema
+from .places import opened, place
 from .summary import summarise
 
 LABELS = ("model", "recipe", "method", "amount", "ranking", "kind", "seed", "count")
@@ -32,7 +33,7 @@ def open_study(folder: Path | str, group: str | None = None) -> xr.Dataset:
     Raises:
         SchemaError: no finished cell there, or one that cannot be read.
     """
-    files = finished(Path(folder))
+    files = finished(place(folder))
     if not files:
         raise schema.SchemaError(f"{folder}: no finished cell; `prunescope sweep` makes them")
     rows = [_summary(file) for file in files]
@@ -70,6 +71,6 @@ def _combined(files: list[Path], group: str) -> xr.Dataset:
         "coords": "minimal",
     }
     return xr.open_mfdataset(
-        files, group=f"/{group}", engine="h5netcdf", combine="nested", concat_dim="cell",
+        [opened(file) for file in files], group=f"/{group}", engine="h5netcdf", combine="nested", concat_dim="cell",
         data_vars="all", compat="override", **options,
     )  # fmt: skip

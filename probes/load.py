@@ -50,7 +50,8 @@ def load(
     Args:
         source: a hub id, a folder, a `.gguf` file, or `smollm2`.
         dtype: `float32`, `bfloat16` or `float16`.
-        device: a torch device, as `cpu` or `cuda:0`.
+        device: a torch device, as `cpu` or `cuda:0`; `auto` lets Accelerate spread a model that is too
+            big for one over all of them.
         trust_remote_code: run code that comes with the model.
         say: called with a line when something slow starts.
 
@@ -62,14 +63,14 @@ def load(
         raise LoadError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     folder, weights = _resolve(str(source), say)
     manifest = _read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
-    module = _module(folder, manifest, DTYPES[dtype], trust_remote_code)
+    module = _module(folder, manifest, DTYPES[dtype], trust_remote_code, spread=device == "auto")
     anatomy = anatomy_of(module.config)
     if "depth" in manifest:
         restore_layers(module, anatomy, manifest["kept"], manifest["depth"])
     for sublayer, layers in manifest.get("dropped", {}).items():
         for layer in layers:
             drop(anatomy, anatomy.blocks(module)[layer], sublayer, layer)
-    if module.device != torch.device(device):
+    if device != "auto" and module.device != torch.device(device):
         module = module.to(device)
     module = module.eval().requires_grad_(False)
     backends.settle(module)
@@ -189,10 +190,14 @@ def _check_gguf(file: Path) -> None:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def _module(folder: Path, manifest: dict[str, Any], dtype: torch.dtype, trust: bool) -> Any:
+def _module(
+    folder: Path, manifest: dict[str, Any], dtype: torch.dtype, trust: bool, *, spread: bool = False
+) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust, "use_safetensors": True}
+    if spread:
+        options["device_map"] = "auto"
     if "config" in manifest:  # drops that transformers cannot express: see `save`
         config = {**manifest["config"]}
         options["config"] = AutoConfig.for_model(config.pop("model_type"), **config)

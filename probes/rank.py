@@ -64,15 +64,18 @@ def importance(
 
 
 def remembered(model: Model, texts: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """`damage`, kept in the cache folder for a model whose weights nothing was done to yet.
+    """`damage`, kept in the cache folder by the content of the weights.
 
     A study ranks by the same sweep in many cells, and the sweep is the slowest part of them.
     """
-    if not model.weights or model.achieved:
-        return damage(model, texts)
-    told = (model.weights, str(model.dtype), TOKENS, model.readout().softcap, *texts)
-    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    file = cache_folder() / "damage" / f"{key}.json"
+    if not all(type(p.data) is Tensor and p.is_floating_point() for p in model.module.parameters()):
+        return damage(model, texts)  # packed: part of what its weights are lies elsewhere
+    told = json.dumps((model.module.config.to_json_string(), str(model.module), TOKENS, *texts))
+    key = hashlib.blake2b(told.encode(), digest_size=32)
+    for name, weight in model.module.named_parameters():
+        key.update(name.encode())
+        key.update(weight.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    file = cache_folder() / "damage" / f"{key.hexdigest()}.json"
     with suppress(OSError, ValueError):
         there = json.loads(file.read_text("utf-8"))
         return {by: {k: np.array(v) for k, v in kinds.items()} for by, kinds in there.items()}

@@ -86,7 +86,10 @@ LensOption = Annotated[
     str, typer.Option("--lens", help="Readout of inner layers: norm (final norm) or raw.")
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="Torch device, as cpu or cuda:0.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option("--device", help="Torch device, as cpu or cuda:0; auto spreads a model over all."),
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -275,7 +278,13 @@ def sweep(
         Path,
         typer.Argument(help="TOML file: models, recipes as attn-drop@{1,3,5}, seeds, options."),
     ],
-    out: OutOption,
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out",
+            help="Folder for the results, or an fsspec URL; the same command resumes there.",
+        ),
+    ],
     workers: Annotated[int, typer.Option("--workers", help="Cells made at once.")] = 1,
     engine: Annotated[
         str, typer.Option("--engine", help="local: processes on this machine; ray: a cluster.")
@@ -288,6 +297,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Make every cell of a STUDY: models x recipes x seeds, resumable, and report on them all."""
+    from ..analysis.places import place
     from ..analysis.studies import finished
     from .engines import workers as started
     from .study_page import render_study
@@ -295,12 +305,13 @@ def sweep(
     from .sweep import failures
     from .sweep import sweep as carry_out
 
-    what = plans(read(study, data=str(data) if data else None), out)
+    folder = place(out)
+    what = plans(read(study, data=str(data) if data else None), folder)
     if dry_run:
         _dry_run(what)
         return
     with Progress() as progress:
-        start = started(engine, workers, out, progress, cpus=cpus, gpus=gpus)
+        start = started(engine, workers, folder, progress, cpus=cpus, gpus=gpus)
         try:
             carry_out(what, start, progress)
         except KeyboardInterrupt:
@@ -309,10 +320,10 @@ def sweep(
             )
             raise
         with progress.task("report"):
-            page = render_study(out, out / "report.html") if finished(out) else None
+            page = render_study(folder, folder / "report.html") if finished(folder) else None
     if page is not None:
         print(page)
-    failed = failures(out)
+    failed = failures(folder)
     for failure in failed:
         print(f"failed: {failure}", file=sys.stderr)
     if failed:
@@ -343,7 +354,7 @@ def forecast(
     candidate: Annotated[
         str, typer.Argument(help="A compressed model (folder, hub id, .gguf) or a recipe.")
     ],
-    study: Annotated[Path, typer.Option("--study", help="Folder that sweep or diagnose wrote.")],
+    study: Annotated[str, typer.Option("--study", help="Folder that sweep or diagnose wrote.")],
     dense: Annotated[
         str, typer.Option("--dense", help="What it was made from (default: the study's model).")
     ] = "",
@@ -478,6 +489,7 @@ def _study(options: dict[str, Any], out: Path) -> None:
 
 def _usage_errors() -> tuple[type[Exception], ...]:
     from ..analysis.forecast import ForecastError
+    from ..analysis.places import PlaceError
     from ..probes.anatomy import AnatomyError
     from ..probes.backends import BackendError
     from ..probes.decode import DecodeError
@@ -497,6 +509,7 @@ def _usage_errors() -> tuple[type[Exception], ...]:
         ForecastError,
         LoadError,
         MeasureError,
+        PlaceError,
         RecipeError,
         RecoverError,
         SandboxError,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 
+from ..analysis.places import is_local
 from .progress import Progress, hush
 from .request import Plan, StudyError
 from .study import Dense, make, prepare
@@ -197,4 +199,5 @@ def workers(
     if count == 1:
         return [lambda: Here(progress)]
     threads = max(1, (os.cpu_count() or 1) // count)
-    return [lambda i=i: Beside(threads, folder / "logs" / f"worker-{i}.log") for i in range(count)]
+    logs = folder / "logs" if is_local(folder) else Path(tempfile.mkdtemp(prefix="prunescope-"))
+    return [lambda i=i: Beside(threads, logs / f"worker-{i}.log") for i in range(count)]

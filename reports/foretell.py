@@ -9,8 +9,9 @@ from typing import Any
 
 import xarray as xr
 
-from ..analysis import forecast, open_study
+from ..analysis import forecast, open_study, schema
 from ..analysis.correlation import OUTCOMES
+from ..analysis.places import place
 from ..analysis.study_findings import WORDS
 from ..analysis.summary import summarise
 from ..probes.compress import check, compress, ranked_by
@@ -24,7 +25,7 @@ from .request import StudyError, read_calibration, read_prompts
 
 
 def foretell(
-    candidate: str, folder: Path, dense: str, progress: Progress, **options: Any
+    candidate: str, folder: str, dense: str, progress: Progress, **options: Any
 ) -> tuple[str, bool]:
     """What a candidate is expected to keep, in sentences, and whether the study covers it.
 
@@ -86,8 +87,8 @@ def _made(model: Model, recipe: Recipe, asked: Mapping[str, Any]) -> Model:
 
 def _request(study: xr.Dataset) -> dict[str, Any]:
     """What the study's cells were made with."""
-    with xr.open_dataset(str(study.file.values[0]), engine="h5netcdf") as root:
-        return dict(json.loads(root.attrs["request"]))
+    cell = schema.read(place(str(study.file.values[0])))
+    return dict(json.loads(cell.attrs["request"]))
 
 
 def _only(study: xr.Dataset) -> str:

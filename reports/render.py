@@ -23,6 +23,7 @@ from ..analysis import (
     schema,
     theory,
 )
+from ..analysis.places import write_text
 from . import answers, figures
 from .picture import Picture, safe
 
@@ -321,10 +322,3 @@ def write_figures(pictures: Sequence[Picture], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         (folder / f"{picture.name}.svg").write_bytes(picture.svg)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Beside its place first, then renamed."""
-    scratch = file.with_name(f".{file.name}.writing")
-    scratch.write_text(text, "utf-8")
-    scratch.replace(file)

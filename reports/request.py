@@ -131,7 +131,7 @@ def _check_numbers(request: Request) -> None:
     if request.lens not in ("norm", "raw"):
         raise StudyError(f"--lens {request.lens!r} is not one of norm, raw")
     try:
-        torch.empty(0, device=request.device)
+        torch.empty(0, device="cpu" if request.device == "auto" else request.device)
     except (RuntimeError, AssertionError) as error:
         raise StudyError(
             f"--device {request.device!r} cannot be used: {str(error).splitlines()[0]}"

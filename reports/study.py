@@ -22,6 +22,7 @@ import torch
 import xarray as xr
 
 from ..analysis import causes, provenance, schema
+from ..analysis.places import write_text
 from ..analysis.summary import summarise
 from ..probes.chat import chatted
 from ..probes.compress import check as check_recipe
@@ -92,7 +93,7 @@ def prepare(what: Plan, progress: Progress, *, lenient: bool = False) -> tuple[P
         what = replace(what, tasks=tuple(chatted(model, what.tasks)))
     _check_against(what, model, lenient)
     what.folder.mkdir(parents=True, exist_ok=True)
-    _write_json(what.folder / "study.json", _merged(what.request, what.folder))
+    write_text(what.folder / "study.json", json.dumps(_merged(what.request, what.folder), indent=1))
     return what, _dense(what, model, progress)
 
 
@@ -108,7 +109,7 @@ def _dense(what: Plan, model: Model, progress: Progress) -> Dense:
     with progress.task("dense: writing") as tick:
         texts = _texts(what, model, tick)
     plain = [[asdict(a) for a in side] for side in replies]
-    _write_json(file, {"key": key, "answers": plain, "texts": texts})
+    write_text(file, json.dumps({"key": key, "answers": plain, "texts": texts}))
     return Dense(model, replies, texts, cost(model))
 
 
@@ -361,12 +362,6 @@ def _provenance(what: Plan, name: str, dense: Model, candidate: Model) -> dict[s
         seed=what.request.seed, dtype=what.request.dtype, device=what.request.device,
         request=asdict(what.request),
     )  # fmt: skip
-
-
-def _write_json(file: Path, value: Any) -> None:
-    scratch = file.with_name(f".{file.name}.writing")
-    scratch.write_text(json.dumps(value, indent=1), "utf-8")
-    scratch.replace(file)
 
 
 def cells(folder: Path) -> dict[str, xr.DataTree]:

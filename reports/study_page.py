@@ -11,9 +11,10 @@ import numpy as np
 import xarray as xr
 
 from ..analysis import Finding, correlation, matched, open_study, provenance, schema, study_findings
+from ..analysis.places import place, write_text
 from . import study_figures
 from .picture import Picture
-from .render import environment, finite, write_figures, write_text
+from .render import environment, finite, write_figures
 from .sweep import Failure, failures
 
 COLUMNS = (
@@ -48,7 +49,7 @@ def render_study(folder: Path, target: Path) -> Path:
         "failed": [str(f) for f in failed],
     }
     write_text(target.parent / "summary.json", json.dumps(finite(told), indent=1, allow_nan=False))
-    study.to_dataframe().to_csv(target.parent / "cells.csv", index=False)
+    write_text(target.parent / "cells.csv", study.to_dataframe().to_csv(index=False))
     write_text(target, page(study, found, pictures, failed))
     return target
 
@@ -84,7 +85,7 @@ def table(study: xr.Dataset) -> list[dict[str, Any]]:
 
 def _protocol(study: xr.Dataset) -> dict[str, str]:
     """What was asked, as the first cell tells it."""
-    cell = schema.read(Path(str(study.file.values[0])))
+    cell = schema.read(place(str(study.file.values[0])))
     keys = (
         "model",
         "weights",

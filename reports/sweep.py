@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..analysis.places import write_text
 from ..analysis.provenance import now
 from .engines import Trouble, Worker, WorkerDied
 from .progress import Progress
@@ -199,11 +200,8 @@ class _Queue:
         failure = Failure(model, name, trouble.kind, trouble.reason)
         self.failures.append(failure)
         file = record(self.plans[model], name)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            json.dumps({**asdict(failure), "trace": trouble.trace, "when": now()}, indent=1),
-            "utf-8",
-        )
+        told = {**asdict(failure), "trace": trouble.trace, "when": now()}
+        write_text(file, json.dumps(told, indent=1))
         self.told(f"FAILED {failure}")
 
 

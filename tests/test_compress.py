@@ -468,3 +468,34 @@ def test_calibration_keeps_no_sequence_in_memory(tiny):
     for layer in walk(tiny, tokens):
         layer.watch({matrices_of(layer.block)[0]: lambda x: held.append(len(x))})
     assert held == [width] * len(tokens) * 3, "one sequence at a time"
+
+
+def test_a_seed_of_the_recipe_goes_before_that_of_the_run(llama):
+    def zeros(recipe, seed):
+        model = compress(llama, Recipe.parse(recipe), seed=seed).module
+        return {n: (p == 0) for n, p in model.named_parameters()}
+
+    first, same, other = (
+        zeros("random@0.5,seed=1", 5),
+        zeros("random@0.5", 1),
+        zeros("random@0.5,seed=1", 1),
+    )
+    assert all(torch.equal(first[n], same[n]) and torch.equal(first[n], other[n]) for n in first)
+
+
+def test_damage_is_swept_once_for_a_model_and_kept(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNESCOPE_CACHE", str(tmp_path))
+    named = llama.clone()
+    swept = []
+    plain = rank.damage
+    monkeypatch.setattr(rank, "damage", lambda *a: swept.append(1) or plain(*a))
+    texts = ["a few words", "and some more of them"]
+    first = rank.importance(named, texts, "kl")
+    again, other = rank.importance(named, texts, "kl"), rank.importance(named, texts, "var-r")
+    assert len(swept) == 1
+    for kind in rank.KINDS:
+        np.testing.assert_array_equal(first[kind], again[kind])
+        assert not np.array_equal(first[kind], other[kind])
+    rank.importance(named, texts[:1], "kl")
+    rank.importance(compress(named, Recipe.parse("mlp-drop@1")), texts, "kl")
+    assert len(swept) == 3

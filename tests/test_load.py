@@ -196,3 +196,10 @@ def test_a_library_that_is_missing_is_named(packed_elsewhere, monkeypatch):
     )
     with pytest.raises(LoadError, match=r"pip install prunescope\[compressed-tensors\]"):
         load(packed_elsewhere[0])
+
+
+def test_accelerate_may_place_the_model(folder):
+    model = load(folder, device="auto")
+    prompts = ["a few words"]
+    plain = load(folder)
+    assert float(abs(measure(plain, model, prompts=prompts)["output"].kl).max()) < 1e-9

@@ -64,3 +64,25 @@ def test_amounts_are_values():
 def test_typos_are_named_with_what_is_allowed(text, message):
     with pytest.raises(RecipeError, match=message):
         Recipe.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seeded"),
+    [
+        ("random@0.5", "random@0.5,seed=3"),
+        ("random@2:4,seed=1", "random@2:4,seed=1"),
+        ("neurons-reverse@0.1,target=kinds", "neurons-reverse@0.1,target=kinds,seed=3"),
+        ("attn-drop@2+random@0.1", "attn-drop@2+random@0.1,seed=3"),
+        ("wanda@0.5", "wanda@0.5"),
+    ],
+)
+def test_a_seed_goes_where_chance_plays(recipe, seeded):
+    found = Recipe.parse(recipe).seeded(3)
+    assert str(found) == seeded
+    assert Recipe.parse(seeded) == found
+
+
+@pytest.mark.parametrize("recipe", ["random@0.5,seed=", "random@2,seed=1", "wanda@0.5,seed=1"])
+def test_seeds_that_cannot_be(recipe):
+    with pytest.raises(RecipeError, match="amount"):
+        Recipe.parse(recipe)

@@ -13,12 +13,14 @@ import architectures
 import pytest
 import xarray as xr
 from prunescope.analysis import open_study, schema
+from prunescope.analysis.places import PlaceError, place
 from prunescope.probes.recipe import RecipeError
 from prunescope.reports import studyfile
 from prunescope.reports.engines import Beside, Here, Remote, Trouble, WorkerDied, workers
 from prunescope.reports.estimate import estimate
 from prunescope.reports.progress import Progress
 from prunescope.reports.request import StudyError
+from prunescope.reports.study_page import render_study
 from prunescope.reports.sweep import failures, sweep
 
 COMMAND = [sys.executable, "-c", "from prunescope.reports.cli import main; main()"]
@@ -294,6 +296,31 @@ def test_workers_that_cannot_be():
         workers("slurm", 1, Path(), None, cpus=1, gpus=0)
 
 
+# --- places --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["memory://studies/one", "file://{}/studies"])
+def test_results_lie_wherever_fsspec_reaches(two_models, tmp_path, where):
+    out = place(where.format(tmp_path))
+    file = study(tmp_path, f'["{two_models}/llama"]', '["mlp-drop@1", "rtn@int8"]')
+    plans = studyfile.plans(studyfile.read(file), out)
+    with Progress() as progress:
+        assert sweep(plans, [lambda: Here(progress)], progress) == []
+        assert sweep(plans, [lambda: Here(progress)], progress) == []
+    (plan,) = plans.values()
+    assert plan.missing() == []
+    assert open_study(str(out)).sizes["cell"] == 2
+    assert open_study(str(out), "output").kl.sizes["cell"] == 2
+    page = render_study(out, out / "report.html")
+    assert "mlp-drop@1" in page.read_text()
+    assert (out / "cells.csv").exists()
+
+
+def test_a_place_that_nothing_reads_is_named():
+    with pytest.raises(PlaceError, match="nosuch://"):
+        place("nosuch://bucket/x")
+
+
 # --- Ray -----------------------------------------------------------------------------------------
 
 
@@ -304,7 +331,13 @@ def test_on_a_ray_cluster_a_killed_worker_costs_one_try(two_models, tmp_path):
         tmp_path, f'["{two_models}/llama", "{two_models}/gpt2"]', '["mlp-drop@1", "rtn@int8"]'
     )
     plans = studyfile.plans(studyfile.read(file), tmp_path / "out")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        _system_config={"worker_niceness": 0},
+    )
     killed = []
 
     class Watched(Remote):

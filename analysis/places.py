@@ -1,0 +1,62 @@
+"""Where results lie: a folder of this machine, or a place that fsspec knows (`s3://…`, `memory://…`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class PlaceError(ValueError):
+    """A place that cannot be used; the message says what to install."""
+
+
+def place(text: str | Path) -> Path:
+    """A path that joins, lists, reads and writes like `pathlib.Path`, wherever it is.
+
+    Raises:
+        PlaceError: no local path, and what reads such places is not installed.
+    """
+    if not re.match(r"[a-z][a-z0-9+.-]+://", str(text)):
+        return Path(text)
+    try:
+        from upath import UPath
+
+        return UPath(str(text))  # type: ignore[return-value]  # every method that is used is there
+    except (ImportError, ValueError) as error:
+        raise PlaceError(
+            f"{text}: such places need fsspec's adapters: pip install 'prunescope[cluster]' and the one for this "
+            f"protocol, as s3fs ({error})"
+        ) from error
+
+
+def is_local(path: Path) -> bool:
+    """Whether a path is one of this machine's files."""
+    return not hasattr(path, "fs")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Written beside its place first and then renamed; where a place takes whole files only, at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_local(path):
+        path.write_text(text, "utf-8")
+        return
+    scratch = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    scratch.write_text(text, "utf-8")
+    scratch.replace(path)
+
+
+def opened(path: Path) -> Any:
+    """What xarray opens: the path, or a file object of it."""
+    return path if is_local(path) else path.open("rb")
+
+
+def put(path: Path, write: Callable[[Path], object]) -> None:
+    """Have a local file written and put where it belongs; it appears there whole or not at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder) / path.name
+        write(scratch)
+        path.write_bytes(scratch.read_bytes())
