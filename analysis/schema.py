@@ -353,6 +353,12 @@ def read_group(path: Path, group: str) -> xr.Dataset:
         raise SchemaError(f"{path}: /{group} cannot be read ({error})") from error
 
 
+def read_attributes(path: Path) -> dict[str, Any]:
+    """Who made a cell, of what and how: the attributes of its root."""
+    with xr.open_dataset(opened(path), engine="h5netcdf") as root:
+        return dict(root.attrs)
+
+
 def _plain(value: Any) -> Any:
     plain = isinstance(value, str | int | float) and not isinstance(value, bool)
     return value if plain else json.dumps(value, sort_keys=True)

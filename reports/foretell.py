@@ -87,8 +87,8 @@ def _made(model: Model, recipe: Recipe, asked: Mapping[str, Any]) -> Model:
 
 def _request(study: xr.Dataset) -> dict[str, Any]:
     """What the study's cells were made with."""
-    cell = schema.read(place(str(study.file.values[0])))
-    return dict(json.loads(cell.attrs["request"]))
+    told = schema.read_attributes(place(str(study.file.values[0])))
+    return dict(json.loads(told["request"]))
 
 
 def _only(study: xr.Dataset) -> str:

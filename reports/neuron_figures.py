@@ -10,9 +10,17 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ..analysis import collapse, neurons
-from .picture import Picture, finish, having, safe
+from .picture import STYLE, Picture, finish, having, safe
 
 COLOURS = {"target": "#882255", "rest": "#4477aa"}
+
+
+def drawn(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
+    """`cut` in our style, for a page of its own."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        return cut(cells)
 
 
 def cut(cells: Mapping[str, xr.DataTree]) -> list[Picture]:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from ..analysis import Finding, correlation, matched, open_study, provenance, schema, study_findings
+from ..analysis import (
+    Finding,
+    correlation,
+    matched,
+    neuron_findings,
+    open_study,
+    provenance,
+    schema,
+    study_findings,
+)
 from ..analysis.places import place, write_text
-from . import study_figures
+from . import neuron_figures, study_figures
 from .picture import Picture
 from .render import environment, finite, write_figures
 from .sweep import Failure, failures
@@ -35,11 +45,9 @@ def render_study(folder: Path, target: Path) -> Path:
         SchemaError: no cell is finished.
     """
     study = open_study(folder)
-    found, pictures, failed = (
-        study_findings.tell(study),
-        study_figures.draw(study),
-        failures(folder),
-    )
+    cut, failed = _neurons(study), failures(folder)
+    found = [*study_findings.tell(study), *neuron_findings.across(cut)]
+    pictures = [*study_figures.draw(study), *neuron_figures.drawn(cut)]
     target.parent.mkdir(parents=True, exist_ok=True)
     write_figures(pictures, target.parent / "figures")
     told = {
@@ -52,6 +60,20 @@ def render_study(folder: Path, target: Path) -> Path:
     write_text(target.parent / "cells.csv", study.to_dataframe().to_csv(index=False))
     write_text(target, page(study, found, pictures, failed))
     return target
+
+
+def _neurons(study: xr.Dataset) -> dict[str, xr.DataTree]:
+    """The cells that cut neurons, with their scores alone; none of several models, whose items are no pairs."""
+    cells: dict[str, xr.DataTree] = {}
+    if len(set(study.model.values.tolist())) > 1:
+        return cells
+    labels = (study[n].values.tolist() for n in ("method", "recipe", "file"))
+    for method, recipe, file in zip(*labels, strict=True):
+        if method.startswith("neurons-"):
+            with suppress(schema.SchemaError):  # not scored
+                scores = schema.read_group(place(file), "scores")
+                cells[recipe] = schema.tree({"scores": scores}, schema.read_attributes(place(file)))
+    return cells
 
 
 def page(
@@ -85,7 +107,7 @@ def table(study: xr.Dataset) -> list[dict[str, Any]]:
 
 def _protocol(study: xr.Dataset) -> dict[str, str]:
     """What was asked, as the first cell tells it."""
-    cell = schema.read(place(str(study.file.values[0])))
+    told = schema.read_attributes(place(str(study.file.values[0])))
     keys = (
         "model",
         "weights",
@@ -98,4 +120,4 @@ def _protocol(study: xr.Dataset) -> dict[str, str]:
         "versions",
         "platform",
     )
-    return {k: str(cell.attrs[k]) for k in keys if k in cell.attrs}
+    return {k: str(told[k]) for k in keys if k in told}

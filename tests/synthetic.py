@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -44,8 +45,8 @@ def study(
     )
 
 
-def write(data: xr.Dataset, folder: Path) -> None:
-    """Every cell as a file with its `/summary` alone, as a sweep leaves them."""
+def write(data: xr.Dataset, folder: Path, **told: Any) -> None:
+    """Every cell as a file with its `/summary` alone, as a sweep leaves them; `told` are root attributes."""
     names = [str(n) for n in data.data_vars]
     table = np.stack([data[n].values for n in names], -1)
     labels = {n: data[n].values for n in LABELS}
@@ -53,6 +54,6 @@ def write(data: xr.Dataset, folder: Path) -> None:
         attrs = {n: v[i].item() for n, v in labels.items()}
         group = schema.dataset("summary", {"value": row}, {"figure": names}, attrs)
         schema.write(
-            schema.tree({"summary": group}, {"recipe": attrs["recipe"]}),
+            schema.tree({"summary": group}, {"recipe": attrs["recipe"], **told}),
             folder / "model" / "cells" / f"{i}.nc",
         )

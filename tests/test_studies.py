@@ -1,6 +1,7 @@
 """Studies: what they find in cells whose truth is known, and nothing where there is nothing."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -19,8 +20,14 @@ from prunescope.analysis import (
     study_findings,
 )  # fmt: skip
 from prunescope.analysis.summary import described, figures, stored, summarise
-from prunescope.reports import study_figures
+from prunescope.probes import Recipe, compress, load, measure
+from prunescope.reports import study_figures, studyfile
+from prunescope.reports.cli import main
+from prunescope.reports.engines import Here
+from prunescope.reports.progress import Progress
+from prunescope.reports.request import Request, default_prompts
 from prunescope.reports.study_page import render_study
+from prunescope.reports.sweep import sweep
 from scipy import stats
 
 GENERATION = "retention_generation"
@@ -351,3 +358,99 @@ def test_a_folder_without_cells_and_a_group_that_is_none(tmp_path):
     synthetic.write(synthetic.study(cells=2), tmp_path)
     with pytest.raises(schema.SchemaError, match="is no group"):
         open_study(tmp_path, "outputs")
+
+
+# --- a forecast for a candidate ------------------------------------------------------------------
+
+
+@pytest.fixture
+def studied(tmp_path, llama):
+    """A study of a tiny model whose cells lie around what rounding it to 4 bits does."""
+    folder = tmp_path / "model"
+    llama.module.save_pretrained(folder)
+    llama.tokenizer.save_pretrained(folder)
+    request = Request(str(folder))
+    dense = load(folder)
+    cell = measure(
+        dense,
+        compress(dense, Recipe.parse("rtn@int4-g16")),
+        prompts=default_prompts(),
+        layerwise=False,
+    )
+    row = summarise(cell)
+    figures = dict(zip(row.figure.values.tolist(), row.value.values.tolist(), strict=True))
+    data = synthetic.study()
+    spread = np.random.default_rng(0).normal(0, 1, 60)
+    for name in forecast.FEATURES:
+        data[name] = ("cell", figures[name] * np.exp(spread))
+    data[GENERATION] = ("cell", 1 / (1 + np.exp(spread)))
+    data = data.assign_coords(model=("cell", [str(folder)] * 60))
+    synthetic.write(data, tmp_path / "study", request=asdict(request))
+    return tmp_path / "study"
+
+
+def test_a_candidate_that_was_never_scored_is_foretold(studied, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["prunescope", "forecast", "rtn@int4-g16", "--study", str(studied)]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    first, second = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("rtn@int4-g16, free generation: expected retention 0.")
+    assert "learned from 60 cells" in first
+    assert "multiple choice" in second
+
+
+def test_a_candidate_far_from_the_study_is_refused_with_status_1(studied, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["prunescope", "forecast", "random@0.9", "--study", str(studied)]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    assert "outside what the study covers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("candidate", "said"), [("no/such/model/x", "no such"), ("rnt@int8", "no recipe"), ("rtn@int8", "no finished cell")])  # fmt: skip
+def test_a_forecast_that_cannot_be_is_a_usage_error(
+    studied, capsys, monkeypatch, candidate, said, tmp_path
+):
+    folder = tmp_path / "empty" if said == "no finished cell" else studied
+    monkeypatch.setattr("sys.argv", ["prunescope", "forecast", candidate, "--study", str(folder)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+# --- the real model ------------------------------------------------------------------------------
+
+
+@pytest.mark.smollm2
+def test_a_study_of_smollm2(tmp_path):
+    file = tmp_path / "s.toml"
+    file.write_text(
+        'recipes = ["attn-drop@1", "magnitude@0.5", "neurons-{reverse,salience-reverse}@0.1,target=plurals,multiple=64"]\n'
+        'tasks = ["plurals", "capitals"]\nlimit = 8\nsteps = 4\ncauses = 0\nskip = ["layers", "decoding", "speed"]\n'
+    )
+    with Progress() as progress:
+        assert (
+            sweep(
+                studyfile.plans(studyfile.read(file), tmp_path / "out"),
+                [lambda: Here(progress)],
+                progress,
+            )
+            == []
+        )
+    study = open_study(tmp_path / "out").set_index(cell="recipe")
+    light, heavy = study.sel(cell="attn-drop@1"), study.sel(cell="magnitude@0.5")
+    assert light.output_kl < 0.1 < 1 < heavy.output_kl
+    assert light[GENERATION] > 0.8 > 0.2 > heavy[GENERATION]
+    assert 0.005 < light["compression"] < 0.01
+    assert 0.2 < heavy["compression"] < 0.5
+    assert 0 < light.shape_common < 1 < light.shape_rank
+    assert list(study.kind.values) == ["pruning"] * 4
+    text = render_study(tmp_path / "out", tmp_path / "report.html").read_text()
+    assert "Neurons cut out" in text
+    assert "For choosing" in text

@@ -110,6 +110,12 @@ def test_paths_are_those_beside_the_file_and_hyphens_are_underscores(tmp_path):
     assert request.model == "smollm2"
 
 
+def test_the_neurons_example_is_orders_by_ratios_by_seeds(root, tmp_path):
+    file = root / "docs" / "examples" / "neurons.toml"
+    plans = studyfile.plans(studyfile.read(file), tmp_path / "out")
+    assert len(plans["smollm2"].recipes) == 5 * 10 * 3
+
+
 @pytest.mark.parametrize("file", ["smollm2.toml"])
 def test_the_examples_are_what_the_readme_says(root, shared_data, tmp_path, file):
     requests = studyfile.read(root / "docs" / "examples" / file, data=str(shared_data))
