@@ -52,7 +52,8 @@ class Anatomy:
 
     `parallel` is true where attention and MLP both read the layer's input (GPT-NeoX); then the
     state "after attention" is input + attention, as if the MLP came second. `attn_out` is the matrix
-    that writes what attention adds, inside a decoder layer.
+    that writes what attention adds, inside a decoder layer; `norm_adds` is what norms add to their weight
+    before they multiply by it (Gemma: 1).
     """
 
     layers: str
@@ -64,6 +65,7 @@ class Anatomy:
     parallel: bool = False
     neurons: Neurons = Neurons()
     attn_out: str = "self_attn.o_proj"
+    norm_adds: float = 0.0
 
     def part(self, sublayer: Sublayer) -> Part:
         """The attention or the MLP part."""
@@ -91,6 +93,7 @@ _GEMMA2 = replace(
     _LLAMA,
     attn=Part(("self_attn",), norm="input_layernorm", post="post_attention_layernorm"),
     mlp=Part(("mlp",), norm="pre_feedforward_layernorm", post="post_feedforward_layernorm"),
+    norm_adds=1.0,
 )
 _OLMO2 = replace(
     _LLAMA,
@@ -134,7 +137,7 @@ ANATOMIES: dict[str, Anatomy] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma": _LLAMA,
+    "gemma": replace(_LLAMA, norm_adds=1.0),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
     "phi3": _PHI3,

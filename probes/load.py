@@ -99,6 +99,12 @@ def exists(source: str) -> None:
         raise LoadError(f"{source}: no such file or folder")
 
 
+def achieved_of(source: str) -> dict[str, Any]:
+    """What compression achieved, as a saved candidate's folder tells it; empty of anything else."""
+    file = Path(source) / MANIFEST
+    return dict(_read_json(file).get("achieved", {})) if file.is_file() else {}
+
+
 def _resolve(source: str, say: Callable[[str], None]) -> tuple[Path, str]:
     """The folder to load from, and the hash of the weights in it."""
     exists(source)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -234,13 +235,17 @@ def marks(texts: Sequence[str]) -> list[str]:
     return sorted({_mark(text) for text in texts})
 
 
-def check_apart(candidate: Model, tasks: Sequence[Task]) -> None:
-    """Whether no item that is scored has ranked the candidate's neurons, or trained it.
+def check_apart(name: str, told: Mapping[str, Any], tasks: Sequence[Task]) -> None:
+    """Whether no item that is scored has ranked a candidate's neurons, or trained it.
+
+    Args:
+        name: of the candidate.
+        told: what its compression achieved.
+        tasks: what is to be scored.
 
     Raises:
         TaskError: some have.
     """
-    told = candidate.achieved
     ranked = {
         *told.get("neurons", {}).get("ranked", ()),
         *told.get("recovered", {}).get("texts", ()),
@@ -249,7 +254,7 @@ def check_apart(candidate: Model, tasks: Sequence[Task]) -> None:
         both = sum(_mark(_text(item)) in ranked for item in task.items)
         if both:
             raise TaskError(
-                f"{task.name}: {both} of the items to score have ranked the neurons of {candidate.label}, or trained "
+                f"{task.name}: {both} of the items to score have ranked the neurons of {name}, or trained "
                 "it, which says nothing fair of it; score others, or cut and train by others"
             )
 

@@ -193,9 +193,7 @@ def _temperature(candidate: Model) -> Change:
     norm, there = candidate.anatomy.final_norm, dict(candidate.module.named_parameters())
     names = [n for n in (f"{norm}.weight", f"{norm}.bias") if n in there]
     learned = {"inverse": torch.ones((), device=candidate.device).requires_grad_()}
-    shift = float(
-        "gemma" in str(candidate.module.config.model_type)
-    )  # whose norms add 1 to the weight
+    shift = candidate.anatomy.norm_adds
 
     def weights() -> dict[str, Tensor]:
         return {

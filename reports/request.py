@@ -13,8 +13,8 @@ import torch
 from ..probes import sandbox
 from ..probes.compress import ranked_by
 from ..probes.items import SEED, Task
-from ..probes.load import DTYPES, exists
-from ..probes.neurons import pools
+from ..probes.load import DTYPES, achieved_of, exists
+from ..probes.neurons import check_apart, pools
 from ..probes.recipe import Recipe
 from ..probes.tasks import load_tasks
 from ..probes.texts import read_texts
@@ -106,6 +106,8 @@ def plan(request: Request, folder: Path) -> Plan:
     tasks = tuple(_tasks(request))
     _check_code(request, tasks)
     prompts = tuple(read_prompts(request.prompts))
+    for source in request.candidates:
+        check_apart(source, achieved_of(source), tasks)
     calibration = read_calibration(request.calibration)
     named = [name for recipe in recipes.values() for name in ranked_by(recipe)]
     ranking = pools(named, Path(request.data) if request.data else None, tasks)

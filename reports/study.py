@@ -233,7 +233,7 @@ def _candidate(what: Plan, name: str, dense: Model, progress: Progress) -> Model
     with progress.task(f"loading {name}"):
         candidate = _load(what.request, name, progress)
     check_pair(dense, candidate, layerwise=False)
-    check_apart(candidate, what.tasks)
+    check_apart(candidate.label, candidate.achieved, what.tasks)
     return candidate
 
 
