@@ -216,16 +216,18 @@ def _check_folder(request: Request, folder: Path) -> None:
                 "for the same to resume it"
             )
     else:
-        check_empty(folder)
+        check_empty(folder, ours=("failed",))
 
 
-def check_empty(folder: Path) -> None:
-    """Whether `--out` is new or empty.
+def check_empty(folder: Path, ours: Sequence[str] = ()) -> None:
+    """Whether `--out` is new or empty, but for names that are ours.
 
     Raises:
-        StudyError: it holds something.
+        StudyError: it holds something else.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (
+        not folder.is_dir() or any(entry.name not in ours for entry in folder.iterdir())
+    ):
         raise StudyError(
             f"--out {folder} exists and holds something else; name a new or empty folder"
         )

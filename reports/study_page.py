@@ -18,6 +18,7 @@ from ..analysis import (
     neuron_findings,
     open_study,
     provenance,
+    recovery,
     schema,
     study_findings,
 )
@@ -46,7 +47,7 @@ def render_study(folder: Path, target: Path) -> Path:
     """
     study = open_study(folder)
     cut, failed = _neurons(study), failures(folder)
-    found = [*study_findings.tell(study), *neuron_findings.across(cut)]
+    found = [*study_findings.tell(study), *neuron_findings.across(cut), *_recovered(study)]
     pictures = [*study_figures.draw(study), *neuron_figures.drawn(cut)]
     target.parent.mkdir(parents=True, exist_ok=True)
     write_figures(pictures, target.parent / "figures")
@@ -76,6 +77,16 @@ def _neurons(study: xr.Dataset) -> dict[str, xr.DataTree]:
     return cells
 
 
+def _recovered(study: xr.Dataset) -> list[Finding]:
+    """What training brought back, where candidates that were trained are among the cells."""
+    files = [place(file) for file in study.file.values.tolist()]
+    if not any('"recovered"' in str(schema.read_attributes(f).get("achieved")) for f in files):
+        return []
+    return recovery.tell(
+        {str(r): schema.read(f) for r, f in zip(study.recipe.values, files, strict=True)}
+    )
+
+
 def page(
     study: xr.Dataset,
     found: Sequence[Finding],
@@ -90,7 +101,7 @@ def page(
             models=list(dict.fromkeys(study.model.values.tolist())),
             found=found, pictures=pictures, failed=failed, rows=table(study),
             shapes=matched.shapes(study), shape_names=matched.SHAPES, fewest=correlation.FEWEST,
-            recovered=False, protocol=_protocol(study), made=provenance.stamp(),
+            recovered=any(f.evidence.endswith("recovery") for f in found), protocol=_protocol(study), made=provenance.stamp(),
         )
     )  # fmt: skip
 

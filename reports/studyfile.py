@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..probes.recipe import Recipe
-from .request import Plan, Request, StudyError, plan
+from .request import Plan, Request, StudyError, check_empty, plan
 
 PATHS = ("data", "prompts", "calibration")
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
@@ -65,8 +65,10 @@ def plans(requests: Mapping[str, Request], out: Path) -> dict[str, Plan]:
     """Every request checked; each model has a folder of its own in `out`.
 
     Raises:
-        what `plan` raises: before anything slow.
+        StudyError: `out` holds something that no sweep wrote; and what `plan` raises: before anything slow.
     """
+    if not any(list(out.glob(f"*/{sign}")) for sign in ("study.json", "failed")):
+        check_empty(out, ours=("logs",))
     return {name: plan(request, out / name) for name, request in requests.items()}
 
 

@@ -293,6 +293,18 @@ def test_a_model_that_cannot_be_loaded_fails_all_of_its_cells(two_models, tmp_pa
     with Progress() as progress:
         found = sweep(plans, [lambda: Broken(progress)], progress)
     assert [f.cell for f in found] == ["mlp-drop@1", "rtn@int8"]
+    again = studyfile.plans(studyfile.read(file), tmp_path / "out")
+    with Progress() as progress:
+        assert sweep(again, [lambda: Here(progress)], progress) == []
+    assert failures(tmp_path / "out") == []
+
+
+def test_a_folder_that_no_sweep_wrote_is_left_alone(two_models, tmp_path):
+    file = study(tmp_path, f'["{two_models}/llama"]', '["mlp-drop@1"]')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    with pytest.raises(StudyError, match="holds something else"):
+        studyfile.plans(studyfile.read(file), tmp_path / "out")
 
 
 def test_workers_that_cannot_be():
