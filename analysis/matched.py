@@ -75,27 +75,42 @@ def match(study: xr.Dataset, axis: str, outcome: str) -> Match | None:
     )
 
 
+def apart(study: xr.Dataset, outcome: str) -> dict[str, list[tuple[float, float, int]]]:
+    """Every axis: lowest, highest and number of cells of each kind, where both kinds are in the study."""
+    found: dict[str, list[tuple[float, float, int]]] = {}
+    for axis in AXES:
+        if axis in study and outcome in study and set(KINDS) <= set(study.kind.values.tolist()):
+            sides = [_side(study, kind, axis, outcome)[0] for kind in KINDS]
+            values = [np.exp(x) if axis == "output_kl" else x for x in sides]
+            found[axis] = [
+                (float(x.min(initial=np.inf)), float(x.max(initial=-np.inf)), len(x))
+                for x in values
+            ]
+    return found
+
+
 _Side = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def _sides(study: xr.Dataset, axis: str, outcome: str) -> list[_Side] | None:
-    """x, retention and model of the cells of each kind; x in log where it spans decades."""
+    """x, retention and model of the cells of each kind; None where one has too few."""
     if axis not in study or outcome not in study:
         return None
-    found: list[_Side] = []
-    for kind in KINDS:
-        x, y = study[axis].values, study[outcome].values
-        keep = (study.kind.values == kind) & ~np.isin(study.method.values, CONTROLS)
-        keep &= np.isfinite(x) & np.isfinite(y)
-        if axis == "output_kl":
-            keep &= x > 0
-        if axis == "decode_speed":
-            keep &= x > SPEEDUP
-        if keep.sum() < FEWEST:
-            return None
-        x = np.log(x[keep]) if axis == "output_kl" else x[keep]
-        found.append((x, y[keep], study.model.values[keep]))
-    return found
+    found = [_side(study, kind, axis, outcome) for kind in KINDS]
+    return found if min(len(x) for x, _, _ in found) >= FEWEST else None
+
+
+def _side(study: xr.Dataset, kind: str, axis: str, outcome: str) -> _Side:
+    """Of one kind, controls left out; x in log where it spans decades."""
+    x, y = study[axis].values, study[outcome].values
+    keep = (study.kind.values == kind) & ~np.isin(study.method.values, CONTROLS)
+    keep &= np.isfinite(x) & np.isfinite(y)
+    if axis == "output_kl":
+        keep &= x > 0
+    if axis == "decode_speed":
+        keep &= x > SPEEDUP
+    x = np.log(x[keep]) if axis == "output_kl" else x[keep]
+    return x, y[keep], study.model.values[keep]
 
 
 def _difference(sides: list[_Side], weight: list[np.ndarray], low: float, high: float) -> float:

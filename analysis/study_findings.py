@@ -130,10 +130,29 @@ def _kinds(study: xr.Dataset, outcome: str) -> list[Finding]:
                 axis=m.axis, outcome=outcome, span=list(m.span),
             )
         )  # fmt: skip
-    if not found or any(f.detail["axis"] == "decode_speed" for f in found):
-        return found
-    claim = "Speed is no fair axis here: fewer than three cells of one kind write faster than the dense model."
-    return [*found, Finding(claim, float("nan"), None, study.sizes["cell"], "all cells", f"{EVIDENCE}, kinds", "note", {"axis": "decode_speed", "outcome": outcome})]  # fmt: skip
+    told = {f.detail["axis"] for f in found}
+    return found + [
+        _unmatched(axis, outcome, spans)
+        for axis, spans in matched.apart(study, outcome).items()
+        if axis not in told
+    ]
+
+
+def _unmatched(axis: str, outcome: str, spans: list[tuple[float, float, int]]) -> Finding:
+    parts = [
+        f"{n} {kind} cells" + (f" from {low:.2g} to {high:.2g}" if n else "")
+        for kind, (low, high, n) in zip(("pruned", "quantized"), spans, strict=True)
+    ]
+    faster = " that write faster than the dense model" if axis == "decode_speed" else ""
+    claim = (
+        f"At {matched.AXES[axis]} pruning and quantization cannot be compared for {WORDS[outcome]}: {' and '.join(parts)}"
+        f"{faster}, no {matched.FEWEST} of each in a range that both reach."
+    )
+    count = sum(n for _, _, n in spans)
+    return Finding(
+        claim, float("nan"), None, count, "all cells", f"{EVIDENCE}, kinds", "note",
+        {"axis": axis, "outcome": outcome},
+    )  # fmt: skip
 
 
 def _shapes(study: xr.Dataset) -> list[Finding]:

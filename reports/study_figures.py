@@ -99,7 +99,8 @@ def _forest(ranked: list[correlation.Link], outcome: str) -> Picture:
     figure = Figure(figsize=(9.2, 0.24 * len(shown) + 1.2))
     axis = figure.subplots()
     described = figures()
-    axis.axvline(0, color="#999999", lw=0.8)
+    if max(k.spearman.high for k in shown) > -0.3:
+        axis.axvline(0, color="#999999", lw=0.8)
     for i, link in enumerate(shown):
         colour = SPACES[link.space]
         axis.plot([link.spearman.low, link.spearman.high], [i, i], color=colour, lw=1.6)
@@ -119,7 +120,8 @@ def _forest(ranked: list[correlation.Link], outcome: str) -> Picture:
         fontsize=7.5,
     )
     axis.set_xlabel(f"Spearman correlation with retention of {WORDS[outcome]}")
-    axis.set_xlim(-1.02, max(0.1, *(k.spearman.high for k in shown)) + 0.02)
+    ends = [x for k in shown for x in (k.spearman.low, k.spearman.high, k.given_method.value)]
+    axis.set_xlim(min(ends) - 0.05, max(max(ends) + 0.05, 0.02 if max(ends) > -0.3 else -1.0))
     figure.tight_layout()
     caption = (
         f"Which figure goes with the retention of {WORDS[outcome]} over {ranked[0].n} cells: Spearman with 95 % bootstrap "

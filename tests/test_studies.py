@@ -225,6 +225,11 @@ def test_kinds_that_share_no_range_are_not_compared():
     data["output_kl"] = ("cell", data.output_kl.values * np.where(data.kind == "pruning", 1e6, 1.0))
     assert matched.match(data, "output_kl", GENERATION) is None
     assert matched.match(data, "decode_speed", GENERATION) is None
+    notes = {f.detail["axis"]: f.claim for f in study_findings.tell(data) if f.level == "note"}
+    assert "no 3 of each in a range that both reach" in notes["output_kl"]
+    data["decode_speed"] = ("cell", np.where(data.kind == "pruning", 1.5, 1.0))
+    notes = {f.detail["axis"]: f.claim for f in study_findings.tell(data) if f.level == "note"}
+    assert "0 quantized cells that write faster" in notes["decode_speed"]
 
 
 def test_shapes_at_equal_damage():
