@@ -356,7 +356,7 @@ def read_group(path: Path, group: str) -> xr.Dataset:
 def read_attributes(path: Path) -> dict[str, Any]:
     """Who made a cell, of what and how: the attributes of its root."""
     with xr.open_dataset(opened(path), engine="h5netcdf") as root:
-        return dict(root.attrs)
+        return {str(k): v.item() if isinstance(v, np.generic) else v for k, v in root.attrs.items()}
 
 
 def _plain(value: Any) -> Any:
