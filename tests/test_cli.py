@@ -65,7 +65,8 @@ def test_diagnose_writes_what_the_readme_says(study):
     assert list(summary["cells"]) == ["mlp-drop@1", "rtn@int4-g16"]
     with xr.open_datatree(out / "cells" / "mlp-drop@1.nc") as cell:
         assert set(cell.children) == {
-            "shifts", "output", "scores", "steps", "temperatures", "patches", "memory", "cost",
+            "shifts", "output", "shape", "scores", "steps", "temperatures", "patches", "memory", "cost",
+            "summary",
         }  # fmt: skip
         versions = json.loads(cell.attrs["versions"])
         assert versions["torch"]
