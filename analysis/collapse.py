@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import xarray as xr
 
-from .statistics import Interval, above_chance, bootstrap, holm, mcnemar
+from .statistics import DRAWS, Interval, above_chance, bootstrap, holm, mcnemar, resamples
 
 INTACT = 0.95
 COLLAPSED = 0.10
@@ -107,6 +107,27 @@ def ratio_of_sums(
             return np.where(below > 0, numerator[pick].sum(-1) / below, np.nan)
 
     return bootstrap(ratio, len(numerator), strata=strata)
+
+
+def mean_retention(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], seeds: Sequence[int], draws: int = DRAWS
+) -> tuple[float, np.ndarray]:
+    """Mean over tasks of the retention of each, as measured and `(draw,)`.
+
+    Args:
+        pairs: for each task, the candidate's and the dense model's scores above chance, `(item,)` each.
+        seeds: one for each task; items are drawn within their task.
+        draws: number of bootstrap draws; one in which a dense score is not above chance is NaN.
+    """
+    values: list[float] = []
+    drawn: list[np.ndarray] = []
+    for (candidate, dense), seed in zip(pairs, seeds, strict=True):
+        picks = resamples(np.zeros(len(dense)), draws, seed)
+        values.append(candidate.sum() / dense.sum())
+        below = dense[picks].sum(-1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn.append(np.where(below > 0, candidate[picks].sum(-1) / below, np.nan))
+    return float(np.mean(values)), np.mean(drawn, axis=0)
 
 
 @dataclass(frozen=True)

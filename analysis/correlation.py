@@ -7,6 +7,7 @@ stay within a model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,9 +77,13 @@ def links(study: xr.Dataset, outcome: str) -> list[Link]:
 def _complete(study: xr.Dataset, names: list[str]) -> xr.Dataset:
     """The cells that have every figure which most cells have."""
     there = [n for n in names if n in study]
-    wanted = [n for n in there if np.isfinite(study[n].values).mean() > 0.5]
-    keep = np.all([np.isfinite(study[n].values) for n in wanted], axis=0)
-    return study[wanted].isel(cell=np.flatnonzero(keep))
+    return complete(study, [n for n in there if np.isfinite(study[n].values).mean() > 0.5])
+
+
+def complete(study: xr.Dataset, names: Sequence[str]) -> xr.Dataset:
+    """These variables of the cells that have them all."""
+    keep = np.all([np.isfinite(study[n].values) for n in names], axis=0)
+    return study[list(names)].isel(cell=np.flatnonzero(keep))
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,7 @@ def contrast(study: xr.Dataset, outcome: str, first: str, second: str) -> Contra
     names = [first, second]
     if any(n not in study for n in (*names, outcome)):
         return None
-    data = study[[*names, outcome]]
-    keep = np.all([np.isfinite(data[n].values) for n in data.data_vars], axis=0)
-    data = data.isel(cell=np.flatnonzero(keep))
+    data = complete(study, list(dict.fromkeys([*names, outcome])))
     if data.sizes["cell"] < FEWEST or any(
         not np.ptp(v.values) > 0 for v in data.data_vars.values()
     ):

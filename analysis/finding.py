@@ -41,12 +41,18 @@ def group(cell: xr.DataTree, name: str) -> xr.Dataset | None:
     return cell[name].to_dataset() if name in cell.children else None
 
 
-def achieved(cell: xr.DataTree, part: str) -> dict[str, Any]:
-    """One part of what compression achieved, as the cell's attributes tell it; empty without."""
+def accomplished(cell: xr.DataTree) -> dict[str, Any]:
+    """What compression achieved, as the cell's attributes tell it; empty without."""
     try:
-        return dict(json.loads(str(cell.attrs.get("achieved", "{}"))).get(part, {}))
-    except (ValueError, AttributeError, TypeError):
+        return dict(json.loads(str(cell.attrs.get("achieved", "{}"))))
+    except (ValueError, TypeError):
         return {}
+
+
+def achieved(cell: xr.DataTree, part: str) -> dict[str, Any]:
+    """One part of it; empty without."""
+    found = accomplished(cell).get(part)
+    return dict(found) if isinstance(found, dict) else {}
 
 
 def claimed(

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
 from .collapse import COLLAPSED
-from .correlation import weights
+from .correlation import complete, weights
 from .statistics import Interval, interval
 
 FEATURES = (
@@ -63,8 +63,7 @@ def usable(study: xr.Dataset, outcome: str) -> xr.Dataset:
     names = [*FEATURES, "compression", outcome]
     if missing := [n for n in names if n not in study]:
         raise ForecastError(f"the study has no {', '.join(missing)}")
-    keep = np.all([np.isfinite(study[n].values) for n in names], axis=0)
-    data = study[names].isel(cell=np.flatnonzero(keep))
+    data = complete(study, names)
     methods = len(np.unique(data.method.values))
     if data.sizes["cell"] < FEWEST or methods < 3:
         raise ForecastError(

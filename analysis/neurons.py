@@ -89,17 +89,10 @@ def tasks_of(group: Sequence[Cut], target: str) -> list[_Task]:
     ]
 
 
-def _draws(tasks: Sequence[_Task], seed: int = SEED) -> tuple[np.ndarray, np.ndarray]:
-    """Mean retention over tasks, as measured and `(draw,)`, items resampled within their task."""
-    values: list[float] = []
-    drawn: list[np.ndarray] = []
-    for k, task in enumerate(tasks):
-        picks = resamples(np.zeros(len(task.dense)), DRAWS, seed + 100 * k)
-        values.append(task.candidate.sum() / task.dense.sum())
-        below = task.dense[picks].sum(-1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            drawn.append(np.where(below > 0, task.candidate[picks].sum(-1) / below, np.nan))
-    return np.mean(values, axis=0), np.mean(drawn, axis=0)
+def _draws(tasks: Sequence[_Task], seed: int = SEED) -> tuple[float, np.ndarray]:
+    """Mean retention over tasks, as measured and `(draw,)`."""
+    pairs = [(task.candidate, task.dense) for task in tasks]
+    return collapse.mean_retention(pairs, [seed + 100 * k for k in range(len(pairs))])
 
 
 @dataclass(frozen=True)

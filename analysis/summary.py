@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, NamedTuple
 
@@ -10,13 +9,12 @@ import numpy as np
 import xarray as xr
 
 from . import collapse, schema
-from .finding import group
-from .hierarchy import prompt_means
-from .statistics import resamples
+from .finding import accomplished, group
+from .statistics import interval
 
 DRAWS = 500
 BITS = 16.0  # of a weight that nothing was done to, whatever it is held in while measured
-KINDS = {"choice": "choice", "generation": "generation", "last word": "last word"}
+FORMATS = ("choice", "generation", "last word")
 
 
 class Figure(NamedTuple):
@@ -72,7 +70,7 @@ def summarise(cell: xr.DataTree) -> xr.Dataset:
     values = {**_shifts(cell), **_options(cell), **_retention(cell), **_cost(cell), **_shape(cell)}
     attrs = {
         "model": str(cell.attrs.get("model", "")), "recipe": str(cell.attrs.get("recipe", "")),
-        **described(str(cell.attrs.get("recipe", "")), _achieved(cell)),
+        **described(str(cell.attrs.get("recipe", "")), accomplished(cell)),
     }  # fmt: skip
     numbers = np.array(list(values.values()), float)
     return schema.dataset("summary", {"value": numbers}, {"figure": list(values)}, attrs)
@@ -98,13 +96,6 @@ def described(recipe: str, achieved: dict[str, Any]) -> dict[str, Any]:
         "seed": int(seeds[0]) if seeds else -1,
         "kind": " and ".join(kinds) or "other",
     }
-
-
-def _achieved(cell: xr.DataTree) -> dict[str, Any]:
-    try:
-        return dict(json.loads(str(cell.attrs.get("achieved", "{}"))))
-    except (ValueError, TypeError):
-        return {}
 
 
 def _shifts(cell: xr.DataTree) -> dict[str, float]:
@@ -156,37 +147,26 @@ def _retention(cell: xr.DataTree) -> dict[str, float]:
     scores = group(cell, "scores")
     if scores is None:
         return {}
+    chance = scores.chance.values.astype(float)
+    sides = [
+        scores.score.sel(model=m).values.astype(float) - chance for m in ("candidate", "dense")
+    ]
     found: dict[str, float] = {}
     tasks = collapse.informative(scores)
-    for format, kind in KINDS.items():
-        groups = [items for (_, f), items in tasks.items() if f == format]
-        if groups:
-            name = "retention_" + kind.replace(" ", "_")
-            found[name], found[f"{name}_low"], found[f"{name}_high"] = retained(scores, groups)
+    for format in FORMATS:
+        pairs = [(sides[0][i], sides[1][i]) for (_, f), i in tasks.items() if f == format]
+        if pairs:
+            span = interval(*collapse.mean_retention(pairs, range(len(pairs)), DRAWS))
+            name = "retention_" + format.replace(" ", "_")
+            found |= dict(zip((name, f"{name}_low", f"{name}_high"), span, strict=True))
     return found
-
-
-def retained(scores: xr.Dataset, groups: list[np.ndarray]) -> tuple[float, float, float]:
-    """Mean retention over groups of items, with its 95 % interval, items drawn within their group."""
-    chance = scores.chance.values.astype(float)
-    dense, other = (
-        scores.score.sel(model=m).values.astype(float) - chance for m in ("dense", "candidate")
-    )
-    value, draws = 0.0, np.zeros(DRAWS)
-    for k, items in enumerate(groups):
-        picks = items[resamples(np.zeros(len(items)), DRAWS, k)]
-        below = np.maximum(dense[picks].sum(-1), 1e-9)
-        value += other[items].sum() / dense[items].sum() / len(groups)
-        draws += other[picks].sum(-1) / below / len(groups)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(value), float(low), float(high)
 
 
 def _cost(cell: xr.DataTree) -> dict[str, float]:
     data = group(cell, "cost")
     if data is None:
         return {}
-    bits = _achieved(cell).get("bits_stored")
+    bits = accomplished(cell).get("bits_stored")
     sides = [
         stored({str(n): float(v.sel(model=m)) for n, v in data.data_vars.items() if v.dims == ("model",)},
                bits if m == "candidate" else None)
@@ -217,9 +197,7 @@ def _shape(cell: xr.DataTree) -> dict[str, float]:
     data = group(cell, "shape")
     if data is None:
         return {}
-    means = {
-        f"shape_{n}": float(prompt_means(data[n]).mean()) for n in ("kurtosis", "common", "along")
-    }
+    means = {f"shape_{n}": _mean(data[n]) for n in ("kurtosis", "common", "along")}
     shares = data.spectrum.values[data.spectrum.values > 0].astype(float)
     return means | {
         "shape_first": float(data.spectrum.max()),

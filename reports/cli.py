@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -312,13 +314,8 @@ def sweep(
         return
     with Progress() as progress:
         start = started(engine, workers, folder, progress, cpus=cpus, gpus=gpus)
-        try:
+        with _resumable(out, progress):
             carry_out(what, start, progress)
-        except KeyboardInterrupt:
-            progress.say(
-                f"\ninterrupted; finished cells are kept in {out}, the same command goes on from there"
-            )
-            raise
         with progress.task("report"):
             page = render_study(folder, folder / "report.html") if finished(folder) else None
     if page is not None:
@@ -328,6 +325,18 @@ def sweep(
         print(f"failed: {failure}", file=sys.stderr)
     if failed:
         raise typer.Exit(1)
+
+
+@contextmanager
+def _resumable(out: Path | str, progress: Progress) -> Generator[None]:
+    """Says on an interrupt that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.say(
+            f"\ninterrupted; finished cells are kept in {out}, the same command goes on from there"
+        )
+        raise
 
 
 def _dry_run(what: Any) -> None:
@@ -475,13 +484,8 @@ def _study(options: dict[str, Any], out: Path) -> None:
     request = Request(**(options | paths))
     what = plan(request, out)  # everything that can be wrong is found before the first model loads
     with Progress() as progress:
-        try:
+        with _resumable(out, progress):
             run(what, progress)
-        except KeyboardInterrupt:
-            progress.say(
-                f"\ninterrupted; finished cells are kept in {out}, the same command goes on from there"
-            )
-            raise
         with progress.task("report"):
             file = render(cells(out), out / "report.html")
     print(file)

@@ -162,9 +162,6 @@ class _Actor:
     def do(self, what: Plan, name: str | None) -> Trouble | None:
         return self._worker.do(what, name)
 
-    def pid(self) -> int:
-        return os.getpid()
-
 
 def ray_module() -> Any:
     """Ray, which is an extra.

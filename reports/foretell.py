@@ -14,7 +14,7 @@ from ..analysis.correlation import OUTCOMES
 from ..analysis.places import place
 from ..analysis.study_findings import WORDS
 from ..analysis.summary import summarise
-from ..probes.compress import check, compress, ranked_by
+from ..probes.compress import compress, ranked_by
 from ..probes.load import exists, load
 from ..probes.measure import measure
 from ..probes.model import Model
@@ -77,7 +77,6 @@ def _recipe(candidate: str) -> Recipe | None:
 
 
 def _made(model: Model, recipe: Recipe, asked: Mapping[str, Any]) -> Model:
-    check(model, recipe)
     data = Path(asked["data"]) if asked.get("data") else None
     return compress(
         model, recipe, calibration=read_calibration(asked.get("calibration")),

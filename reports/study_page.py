@@ -23,6 +23,7 @@ from ..analysis import (
     study_findings,
 )
 from ..analysis.places import place, write_text
+from ..probes.recipe import Recipe, RecipeError
 from . import neuron_figures, study_figures
 from .picture import Picture
 from .render import environment, finite, write_figures
@@ -79,12 +80,19 @@ def _neurons(study: xr.Dataset) -> dict[str, xr.DataTree]:
 
 def _recovered(study: xr.Dataset) -> list[Finding]:
     """What training brought back, where candidates that were trained are among the cells."""
-    files = [place(file) for file in study.file.values.tolist()]
-    if not any('"recovered"' in str(schema.read_attributes(f).get("achieved")) for f in files):
+    files = {str(r): place(f) for r, f in zip(study.recipe.values, study.file.values, strict=True)}
+    saved = [file for recipe, file in files.items() if not _is_recipe(recipe)]
+    if not any('"recovered"' in str(schema.read_attributes(f).get("achieved")) for f in saved):
         return []
-    return recovery.tell(
-        {str(r): schema.read(f) for r, f in zip(study.recipe.values, files, strict=True)}
-    )
+    return recovery.tell({name: schema.read(file) for name, file in files.items()})
+
+
+def _is_recipe(name: str) -> bool:
+    """Whether a cell was made by a recipe; saved candidates go by their place."""
+    try:
+        return bool(Recipe.parse(name))
+    except RecipeError:
+        return False
 
 
 def page(

@@ -362,7 +362,7 @@ def test_on_a_ray_cluster_a_killed_worker_costs_one_try(two_models, tmp_path):
 
         def do(self, what, name):
             if name == "mlp-drop@1" and not killed:
-                killed.append(self._ray.get(self._actor.pid.remote()))
+                killed.append(self._ray.get(self._actor.__ray_call__.remote(lambda _: os.getpid())))
                 os.kill(killed[0], signal.SIGKILL)
             return super().do(what, name)
 
