@@ -459,3 +459,17 @@ def test_a_study_of_smollm2(tmp_path):
     text = render_study(tmp_path / "out", tmp_path / "report.html").read_text()
     assert "Neurons cut out" in text
     assert "For choosing" in text
+
+
+def test_the_page_says_whether_recovery_pays_where_it_was_tried(tmp_path):
+    from test_recovery import study as trained
+
+    cells = trained()
+    for name, cell in cells.items():
+        schema.write(cell, tmp_path / "model" / "cells" / f"{name}.nc")
+    page = render_study(tmp_path, tmp_path / "report.html").read_text()
+    assert "Whether recovery pays" in page
+    assert "brings back written answers: retention 0.30 before, 0.80 after" in page
+    schema.write(cells["cut"], tmp_path / "other" / "cells" / "cut.nc")
+    alone = render_study(tmp_path / "other", tmp_path / "alone.html").read_text()
+    assert "Whether recovery pays is not asked" in alone
