@@ -266,7 +266,7 @@ def _cut_neurons(job: Job) -> None:
     texts = [neurons.drawn(job.ranking[amount.target], seed)]
     texts.append([t for name in amount.control for t in neurons.drawn(job.ranking[name], seed)])
     sides = [
-        neurons.activity(
+        neurons.remembered_activity(
             candidate, side or job.texts, lambda done, i=i: job.progress((i + done) / 2)
         )
         for i, side in enumerate(texts)

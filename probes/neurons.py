@@ -25,6 +25,7 @@ from .anatomy import dropped
 from .items import SEED, Item, Task, TaskError
 from .model import Model, batches, pad
 from .recipe import SELECTIVITIES, Neurons
+from .remembered import remembered
 from .tasks import load_tasks
 
 RANKED = 128  # items of a task that rank
@@ -81,6 +82,25 @@ def activity(
             done += len(batch)
             progress(done / len(rows))
     return _moments(model, sums, len(rows))
+
+
+def remembered_activity(
+    model: Model, texts: Sequence[str], progress: Callable[[float], None] = lambda _: None
+) -> Activity:
+    """`activity`, kept: all orders and ratios of a study rank by the same passes."""
+
+    told = [model.tokenizer.bos_token_id, *(_row(model, text) for text in texts)]
+
+    def read() -> dict[str, Tensor]:
+        found = activity(model, texts, progress)
+        sides = {"mean": found.mean, "variance": found.variance}
+        return {f"{side}.{i}": t for side, all_ in sides.items() for i, t in enumerate(all_)}
+
+    found = remembered(model, "activity", told, read)
+    sides = [
+        [found[f"{side}.{i}"] for i in range(model.layer_count)] for side in ("mean", "variance")
+    ]
+    return Activity(*([t.to(model.device) for t in side] for side in sides))
 
 
 def _row(model: Model, text: str) -> list[int]:

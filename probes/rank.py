@@ -8,11 +8,7 @@ dropping this sublayer alone does, measured.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 
 import numpy as np
 import torch
@@ -22,9 +18,9 @@ from . import trace
 from .anatomy import contribution
 from .kernels import compare_many
 from .layerwise import layer_calls, sequences
-from .load import cache_folder
 from .model import Model, encode
 from .reduction import worth_fusing
+from .remembered import remembered
 from .twins import data_text
 
 TOKENS = 128  # per text, at most
@@ -50,7 +46,7 @@ def importance(
     """
     chosen = list(texts) if texts is not None else calibration_texts()
     if by in DAMAGE:
-        return remembered(model, chosen)[by]
+        return _remembered_damage(model, chosen)[by]
     sums = {name: np.zeros(model.layer_count) for name in KINDS}
     count = 0
     for start in range(0, len(chosen), BATCH):
@@ -63,29 +59,18 @@ def importance(
     return {name: 1 - total / count for name, total in sums.items()}
 
 
-def remembered(model: Model, texts: list[str]) -> dict[str, dict[str, np.ndarray]]:
-    """`damage`, kept in the cache folder by the content of the weights.
+def _remembered_damage(model: Model, texts: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """`damage`, kept: a study ranks by the same sweep in many cells, and it is the slowest part of them."""
 
-    A study ranks by the same sweep in many cells, and the sweep is the slowest part of them.
-    """
-    if not all(type(p.data) is Tensor and p.is_floating_point() for p in model.module.parameters()):
-        return damage(model, texts)  # packed: part of what its weights are lies elsewhere
-    told = json.dumps((model.module.config.to_json_string(), str(model.module), TOKENS, *texts))
-    key = hashlib.blake2b(told.encode(), digest_size=32)
-    for name, weight in model.module.named_parameters():
-        key.update(name.encode())
-        key.update(weight.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
-    file = cache_folder() / "damage" / f"{key.hexdigest()}.json"
-    with suppress(OSError, ValueError):
-        there = json.loads(file.read_text("utf-8"))
-        return {by: {k: np.array(v) for k, v in kinds.items()} for by, kinds in there.items()}
-    found = damage(model, texts)
-    plain = {by: {k: v.tolist() for k, v in kinds.items()} for by, kinds in found.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".writing-{os.getpid()}-{file.name}")
-    scratch.write_text(json.dumps(plain), "utf-8")
-    scratch.replace(file)
-    return found
+    def sweep() -> dict[str, Tensor]:
+        return {
+            f"{by} {kind}": torch.from_numpy(values)
+            for by, kinds in damage(model, texts).items()
+            for kind, values in kinds.items()
+        }
+
+    found = remembered(model, "damage", [TOKENS, *texts], sweep)
+    return {by: {kind: found[f"{by} {kind}"].numpy() for kind in KINDS} for by in DAMAGE}
 
 
 @torch.no_grad()
