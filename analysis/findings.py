@@ -310,14 +310,22 @@ def _speed(name: str, cost: xr.Dataset) -> Finding:
     sure = [r.min() > 1 or r.max() < 1 for r in rates.values()]
     claim = (
         f"Measured in turn, {len(rates['reads'])} rounds each, {name} {words[0]} as fast as the dense model and "
-        f"{words[1]} as fast (in brackets the range of the rounds){'' if any(sure) else ': no sure difference'}."
+        f"{words[1]} as fast (in brackets the range of the rounds){'' if any(sure) else ': no sure difference'}"
     )
+    if "peak_bytes" in cost:
+        held = float(cost.peak_bytes[1] / cost.peak_bytes[0])
+        claim += f"; at its peak, reading, it holds {100 * held:.0f} % of the dense model's memory"
     span = Interval(
         float(np.median(rates["writes"])),
         *map(float, (rates["writes"].min(), rates["writes"].max())),
     )
     return claimed(
-        claim, span, len(rates["writes"]), name, "/cost/prefill_rate, decode_rate", level="note"
+        f"{claim}.",
+        span,
+        len(rates["writes"]),
+        name,
+        "/cost/prefill_rate, decode_rate",
+        level="note",
     )
 
 

@@ -245,6 +245,49 @@ def _change(asked: np.ndarray, curves: np.ndarray) -> np.ndarray:
     return (asked[best] + asked[best + 1]) / 2
 
 
+# --- what it saves -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What cutting one share of the neurons saves: shares of the dense model's, and speeds over its.
+
+    Speeds are medians over rounds and cells, with their range: rounds are few, and no sample.
+    """
+
+    share: float
+    cells: int
+    parameters: float
+    memory: float
+    reads: Interval
+    writes: Interval
+
+
+def savings(cells: Mapping[str, xr.DataTree]) -> list[Saving]:
+    """Along the ratios, over all orders and seeds: which neurons go makes no difference to the cost."""
+    table: dict[float, list[tuple[float, xr.Dataset]]] = defaultdict(list)
+    for cell in cells.values():
+        told, cost = achieved(cell, "neurons"), cell.get("cost")
+        if told and cost is not None and {"prefill_rate", "peak_bytes"} <= set(cost.data_vars):
+            table[float(told["asked"])].append((float(told["cut"]), cost.to_dataset()))
+    return [_saving(table[asked]) for asked in sorted(table)]
+
+
+def _saving(group: Sequence[tuple[float, xr.Dataset]]) -> Saving:
+    def over(name: str) -> np.ndarray:
+        sides = [(c[name].sel(model="candidate"), c[name].sel(model="dense")) for _, c in group]
+        return np.concatenate([np.atleast_1d((a / b).values) for a, b in sides])
+
+    def span(name: str) -> Interval:
+        values = over(name)
+        return Interval(float(np.median(values)), float(values.min()), float(values.max()))
+
+    return Saving(
+        float(np.mean([cut for cut, _ in group])), len(group), float(over("parameters").mean()),
+        float(over("peak_bytes").mean()), span("prefill_rate"), span("decode_rate"),
+    )  # fmt: skip
+
+
 # --- where they are ------------------------------------------------------------------------------
 
 

@@ -215,6 +215,9 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         "decode_rate": Variable(
             ("round", "model"), "token/s", "tokens written per second, models in turn"
         ),
+        "peak_bytes": Variable(
+            ("model",), "byte", "weights and tensors alive at once while texts are read"
+        ),
         "seconds": Variable(("work",), "s", "wall-clock seconds of the cell's parts"),
     },
 }

@@ -177,6 +177,8 @@ def _cost(cell: xr.DataTree) -> dict[str, float]:
         if name in data:
             dense, other = (data[name].sel(model=m).values for m in schema.MODELS)
             found[name.replace("rate", "speed")] = float(np.median(other / dense))
+    if "peak_bytes" in data:
+        found["peak_memory"] = float(data.peak_bytes[1] / data.peak_bytes[0])
     return found
 
 

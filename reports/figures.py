@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from ..analysis import collapse, decoding, hierarchy, theory
 from .cause_figures import causes
-from .neuron_figures import cut, selectivity
+from .neuron_figures import cut, savings, selectivity
 from .picture import STYLE, Picture, finish, having, safe
 from .task_figures import subspace
 
@@ -358,6 +358,7 @@ FIGURES: tuple[Callable[[Mapping[str, xr.DataTree]], list[Picture]], ...] = (
     retention,
     subspace,
     cut,
+    savings,
     selectivity,
     layers,
     theorems,

@@ -65,16 +65,18 @@ def render_study(folder: Path, target: Path) -> Path:
 
 
 def _neurons(study: xr.Dataset) -> dict[str, xr.DataTree]:
-    """The cells that cut neurons, with their scores alone; none of several models, whose items are no pairs."""
+    """The cells that cut neurons, with scores and cost; none of several models, whose items are no pairs."""
     cells: dict[str, xr.DataTree] = {}
     if len(set(study.model.values.tolist())) > 1:
         return cells
     labels = (study[n].values.tolist() for n in ("method", "recipe", "file"))
     for method, recipe, file in zip(*labels, strict=True):
         if method.startswith("neurons-"):
-            with suppress(schema.SchemaError):  # not scored
-                scores = schema.read_group(place(file), "scores")
-                cells[recipe] = schema.tree({"scores": scores}, schema.read_attributes(place(file)))
+            groups: dict[str, xr.Dataset] = {}
+            for group in ("scores", "cost"):
+                with suppress(schema.SchemaError):  # skipped
+                    groups[group] = schema.read_group(place(file), group)
+            cells[recipe] = schema.tree(groups, schema.read_attributes(place(file)))
     return cells
 
 

@@ -147,3 +147,39 @@ def test_the_report_draws_and_tells_them(tmp_path):
     assert page.count("harms mine more than the rest") == 1
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["findings"]) == len(diagnose(cells))
+
+
+def cost_of(share, speeds):
+    """A candidate with a share of the dense model's parameters, so many times as fast, round by round."""
+    rates = np.stack([np.full(len(speeds), 100.0), 100.0 * np.array(speeds)], -1)
+    values = {
+        **dict.fromkeys(("parameters", "nonzero", "bytes", "bytes_packed"), np.array([1e6, share * 1e6])),
+        "peak_bytes": np.array([5e6, (0.2 + 0.8 * share) * 5e6]), "seconds": np.array([1.0]),
+        "prefill_rate": rates, "decode_rate": rates[::-1] * [1.0, 0.9],
+    }  # fmt: skip
+    return schema.dataset("cost", values, {"model": ["dense", "candidate"], "work": ["speed"]})
+
+
+def test_what_cuts_save_is_told_along_the_ratios():
+    cells = study(lambda r: {"mine": 1 - r}, lambda r: every(1 - r))
+    for tree in cells.values():
+        cut = json.loads(tree.attrs["achieved"])["neurons"]["cut"]
+        tree["cost"] = cost_of(1 - cut, [1 + cut, 1 + 2 * cut, 1 + 3 * cut])
+    rows = neurons.savings(cells)
+    assert [r.share for r in rows] == pytest.approx(RATIOS)
+    assert {r.cells for r in rows} == {6}, "two orders, three seeds"
+    for row in rows:
+        assert row.parameters == pytest.approx(1 - row.share)
+        assert row.memory == pytest.approx(1 - 0.8 * row.share)
+        assert tuple(row.reads) == pytest.approx([1 + k * row.share for k in (2, 1, 3)])
+        assert row.writes.value == pytest.approx(0.9 * (1 + 2 * row.share))
+    told = [f.claim for f in neuron_findings.across(cells) if f.evidence == "/cost, neurons"]
+    wanted = (
+        "30% of the neurons cut: 70% of the parameters and 76% of the memory at its peak are left; it reads ×1.60 "
+        "(1.30 to 1.90) and writes ×1.44 (1.17 to 1.71) as fast as the dense model, measured in turn over 6 cells "
+        "(in brackets the range of the rounds)."
+    )
+    assert told == [wanted]
+    assert any(p.name == "savings" for p in draw(cells))
+    del cells[next(iter(cells))]["cost"]["peak_bytes"]
+    assert len(neurons.savings(cells)) == len(RATIOS), "what was not measured is left out"

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from prunescope.probes import load_tasks, neurons
+from prunescope.probes import backends, load_tasks, neurons
 from prunescope.probes.compress import compress
 from prunescope.probes.items import TaskError, without_examples
 from prunescope.probes.load import load
 from prunescope.probes.model import encode
 from prunescope.probes.recipe import Neurons, Recipe, RecipeError
 from prunescope.probes.save import save
+from prunescope.probes.speed import _read, peak_bytes
 from prunescope.probes.width import cut, narrow, width, widths
 
 TARGET = ["The cat sat on the mat.", "The dog ran to the red house, and 1 2 3", "4 5 birds sang!"]
@@ -294,3 +295,15 @@ def test_neurons_of_smollm2(smollm2):
             loss = made.module(**batch, labels=batch["input_ids"]).loss
         lost[order] = float(loss)
     assert lost["reverse"] > lost["selective"]
+
+
+def test_peak_memory_is_what_the_profiler_counts(tiny):
+    before = peak_bytes(tiny) - backends.held(tiny.module)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as watched:
+        _read(tiny)
+    changes = [
+        e.nbytes() for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"
+    ]
+    assert before == pytest.approx(np.cumsum(changes).max(), rel=0.02)
+    assert peak_bytes(tiny) - backends.held(tiny.module) == before
