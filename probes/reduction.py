@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from threading import Barrier
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ from torch import Tensor
 from ..analysis import formulas
 
 BLOCK_ELEMENTS = 4_000_000  # elements whose rows are reduced together
-CACHE_ELEMENTS = 200_000  # the same per thread for one plain pass: temporaries stay in cache
+CACHE_ELEMENTS = 200_000  # the same for one plain pass on one thread: temporaries stay in cache
 ACCELERATOR_ELEMENTS = 256_000_000  # both, where memory is not a cache
 TILE = 1024  # tokens that a fused pass sums in float32, in registers, before float64 takes over
 NEAR = 0.25  # a series up to here, differences and logarithms beyond
@@ -156,17 +158,43 @@ def _sums(
 
 
 def _plain(kernel: Callable[..., Sums], z: Tensor, y: Tensor, constants: Any) -> Tensor:
-    """A pass without fusion, so many rows at a time as the cache takes: `(sum, row)`."""
-    elements = CACHE_ELEMENTS * torch.get_num_threads()
-    if z.device.type != "cpu":
-        elements = ACCELERATOR_ELEMENTS
+    """A pass without fusion, so many rows at a time as the cache takes: `(sum, row)`.
+
+    On several threads each takes rows of its own: an operation that is split over all of them waits
+    for the slowest every time, and there are sixty.
+    """
+    elements = CACHE_ELEMENTS if z.device.type == "cpu" else ACCELERATOR_ELEMENTS
     step = max(1, elements // z.shape[-1])
-    done: list[Tensor] = []
-    for start in range(0, len(z), step):
+
+    @torch.no_grad()
+    def part(start: int) -> Tensor:
         here = slice(start, start + step)
         some = type(constants)(*(value[here] for value in constants))
-        done.append(torch.stack(kernel(z[here], y[here], some)))
+        return torch.stack(kernel(z[here], y[here], some))
+
+    starts = range(0, len(z), step)
+    threads = torch.get_num_threads() if z.device.type == "cpu" else 1
+    alone = threads == 1 or len(starts) == 1
+    done = list(map(part, starts) if alone else _crew(threads).map(part, starts))
     return torch.cat(done, dim=1).double()
+
+
+@cache
+def _crew(threads: int) -> ThreadPoolExecutor:
+    """Threads that run operations undivided; those of other threads are divided as before."""
+    ready = Barrier(threads + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # else the first operation would set this thread's number anew
+        torch.set_num_threads(1)
+        ready.wait()
+
+    crew = ThreadPoolExecutor(threads, "reduction", begin)
+    for _ in range(threads):
+        crew.submit(int)
+    ready.wait()
+    torch.set_num_threads(threads)  # for threads that begin later
+    return crew
 
 
 @cache

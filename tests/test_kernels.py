@@ -3,6 +3,7 @@
 import math
 import shutil
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -313,3 +314,23 @@ def test_without_a_working_compiler_measuring_goes_on_unfused(monkeypatch, caplo
 @COMPILER
 def test_a_working_compiler_is_found():
     assert reduction.fusible()
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_rows_on_several_threads_are_those_of_one(three_threads):
+    z = torch.randn(40, 30_000)
+    y = z + 0.3 * torch.randn_like(z)
+    several = compare_logits(z, y)
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 3, "other threads keep their number"
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
+    one = compare_logits(z, y)
+    assert all(torch.equal(one[name], several[name]) for name in one)
