@@ -83,6 +83,13 @@ SampledOption = Annotated[
 TemperatureOption = Annotated[
     float, typer.Option("--temperature", help="Softmax temperature T of the figures.")
 ]
+UnscoredOption = Annotated[
+    int,
+    typer.Option(
+        "--limit",
+        help="Items of a task that a study with this --limit scores: left out of the texts that rank or train.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of whatever is drawn.")]
 LensOption = Annotated[
     str, typer.Option("--lens", help="Readout of inner layers: norm (final norm) or raw.")
@@ -174,6 +181,7 @@ def compress(
     ],
     model: ModelArg = "smollm2",
     calibration: CalibrationOption = None,
+    limit: UnscoredOption = 40,
     data: DataOption = None,
     seed: SeedOption = 24652,
     dtype: DtypeOption = "float32",
@@ -185,13 +193,12 @@ def compress(
     from ..probes import load, save
     from ..probes.compress import check, ranked_by
     from ..probes.load import exists
-    from ..probes.neurons import pools
     from ..probes.save import check_target
-    from .request import read_calibration
+    from .request import read_calibration, unscored
 
     what = Recipe.parse(recipe)
     exists(model)
-    texts, ranking = read_calibration(calibration), pools(ranked_by(what), data)
+    texts, ranking = read_calibration(calibration), unscored(ranked_by(what), data, limit, seed)
     check_target(out)
     with Progress() as progress:
         with progress.task(f"loading {model}"):
@@ -233,12 +240,7 @@ def recover(
         ),
     ] = "lora",
     steps: Annotated[int, typer.Option("--steps", help="Steps of 8 texts, at most.")] = 100,
-    limit: Annotated[
-        int,
-        typer.Option(
-            "--limit", help="Items of the task that a study with this --limit scores: left out."
-        ),
-    ] = 40,
+    limit: UnscoredOption = 40,
     data: DataOption = None,
     seed: SeedOption = 24652,
     device: DeviceOption = "cpu",

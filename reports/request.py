@@ -196,8 +196,19 @@ def training_texts(on: str, data: Path | None, limit: int, seed: int) -> list[st
     """
     if Path(on).is_file():
         return read_texts(on, "--on")
-    scored = [task.limited(limit, seed) for task in load_tasks([on], data)]
-    return pools([on], data, scored)[on]
+    return unscored([on], data, limit, seed)[on]
+
+
+def unscored(
+    names: Sequence[str], data: Path | None, limit: int, seed: int
+) -> dict[str, list[str]]:
+    """For each task the texts of its items that a study of this limit and seed would not score.
+
+    Raises:
+        TaskError: no such task, or too few of its items are left.
+    """
+    scored = [task.limited(limit, seed) for name in names for task in load_tasks([name], data)]
+    return pools(names, data, scored)
 
 
 def _check_folder(request: Request, folder: Path) -> None:
