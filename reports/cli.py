@@ -191,7 +191,7 @@ def compress(
     """Compress MODEL and save the candidate, with a note on how it loads back."""
     from ..probes import compress as carry_out
     from ..probes import load, save
-    from ..probes.compress import check, ranked_by
+    from ..probes.compress import check, cost, ranked_by
     from ..probes.load import exists
     from ..probes.save import check_target
     from .request import read_calibration, unscored
@@ -216,7 +216,12 @@ def compress(
             )
         with progress.task(f"saving to {out}"):
             save(candidate, out)
-        progress.say(f"{candidate.label}: {candidate.achieved}; saved in {out}")
+        own, made = cost(dense), cost(candidate)
+        progress.say(
+            f"{candidate.label}: {made['parameters'] / own['parameters']:.1%} of the parameters, "
+            f"{1 - made['nonzero'] / made['parameters']:.1%} of them zero; packed "
+            f"{made['bytes_packed'] / own['bytes_packed']:.1%} of the bytes; saved in {out}"
+        )
 
 
 @app.command(epilog=EPILOG)

@@ -31,10 +31,16 @@ def cut(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     table = {key: p for key, p in curves.items() if any(x.target or x.rest for x in p)}
     if not table:
         return []
-    figure = Figure(figsize=(max(5.6, 2.5 * len(table) + 0.8), 3.4))
-    axes = figure.subplots(1, len(table), sharex=True, sharey=True, squeeze=False)[0]
+    targets, orders = (list(dict.fromkeys(names)) for names in zip(*table, strict=True))
+    shape = len(targets), len(orders)
+    figure = Figure(figsize=(max(5.6, 2.5 * shape[1] + 0.8), 3.0 * shape[0] + 0.4))
+    grid = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False)
+    for axis in grid.ravel():
+        axis.set_visible(False)
     told: list[str] = []
-    for axis, ((target, order), points) in zip(axes, table.items(), strict=True):
+    for (target, order), points in table.items():
+        axis = grid[targets.index(target), orders.index(order)]
+        axis.set_visible(True)
         axis.axhline(collapse.INTACT, color="#999999", lw=0.8, ls="--")
         for side, colour in COLOURS.items():
             _line(axis, points, side, colour, target if side == "target" else "other tasks")
@@ -44,8 +50,10 @@ def cut(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
             f"{order}, {target}, {p.share:.0%}: {_number(p.target)} and {_number(p.rest)}"
             for p in points
         ]
-    axes[0].set_ylabel("retention, mean over tasks")
-    axes[0].legend(frameon=False, fontsize=7.5)
+    for row in grid:
+        first = next(axis for axis in row if axis.get_visible())
+        first.set_ylabel("retention, mean over tasks")
+        first.legend(frameon=False, fontsize=7.5)
     figure.tight_layout()
     caption = (
         "What is kept as MLP neurons are cut out: the target task, by which they were ranked, and all other tasks; "

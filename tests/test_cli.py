@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -165,6 +166,7 @@ def test_report_renders_again_from_several_runs(study, tmp_path):
 def test_compress_saves_and_compare_reads_it(tiny_folder, tmp_path):
     done = run("compress", tiny_folder, "-r", "attn-drop@1", "--out", tmp_path / "candidate")
     assert done.returncode == 0, done.stderr
+    assert re.search(r"attn-drop@1.*: 9\d\.\d% of the parameters, 0\.0% of them zero", done.stderr)
     done = run("compare", tiny_folder, tmp_path / "candidate", *SMALL, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     (cell,) = (tmp_path / "out" / "cells").iterdir()
