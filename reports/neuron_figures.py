@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ def cut(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
         axis.set_visible(True)
         axis.axhline(collapse.INTACT, color="#999999", lw=0.8, ls="--")
         for side, colour in COLOURS.items():
-            _line(axis, points, side, colour, target if side == "target" else "other tasks")
+            known = [(p.share, span) for p in points if (span := getattr(p, side)) is not None]
+            _line(axis, known, colour, target if side == "target" else "other tasks")
         axis.set_title(f"{order}, {target}", fontsize=9)
         axis.set_xlabel("share of neurons cut")
         told += [
@@ -70,15 +71,10 @@ def savings(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
         return []
     figure = Figure(figsize=(7.2, 2.9))
     held, speed = figure.subplots(1, 2, sharex=True)
-    x = [0.0, *(r.share for r in rows)]
     for name, colour in (("parameters", COLOURS["rest"]), ("memory", COLOURS["target"])):
-        y = [1.0, *(getattr(r, name) for r in rows)]
-        held.plot(x, y, "o-", ms=3.5, lw=1.4, color=colour, label=name)
+        _line(held, [(r.share, [getattr(r, name)] * 3) for r in rows], colour, name)
     for name, colour in (("reads", COLOURS["rest"]), ("writes", COLOURS["target"])):
-        spans = [(1.0, 1.0, 1.0), *(tuple(getattr(r, name)) for r in rows)]
-        value, low, high = (np.array(v) for v in zip(*spans, strict=True))
-        speed.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-        speed.plot(x, value, "o-", ms=3.5, lw=1.4, color=colour, label=name)
+        _line(speed, [(r.share, getattr(r, name)) for r in rows], colour, name)
     held.set_title("left of the dense model's", fontsize=9)
     held.set_ylim(0, 1.05)
     speed.set_title("tokens per second over the dense model's", fontsize=9)
@@ -99,8 +95,10 @@ def savings(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     return [finish("savings", figure, caption, f"Savings. {told}.")]
 
 
-def _line(axis: Any, points: list[neurons.Point], side: str, colour: str, label: str) -> None:
-    known = [(p.share, span) for p in points if (span := getattr(p, side)) is not None]
+def _line(
+    axis: Any, known: Sequence[tuple[float, Sequence[float]]], colour: str, label: str
+) -> None:
+    """Value, low and high at each share cut, from 1 where nothing is."""
     x = [0.0, *(share for share, _ in known)]
     rows = [(1.0, 1.0, 1.0), *(tuple(span) for _, span in known)]
     value, low, high = (np.array(v) for v in zip(*rows, strict=True))
