@@ -86,11 +86,12 @@ def _contrast(row: neurons.Contrast) -> Finding:
         row.difference.high
     )
     verdict = "told apart" if sure else "not told apart"
+    more = row.difference.value >= 0
+    size, *ends = (v if more else -v for v in row.difference)
     claim = (
-        f"At {row.asked:.0%}, {_seeds(row.seeds)}: the harm of neurons-{row.order} is more specific to "
-        f"{row.target} than that of neurons-{row.rival} by {row.difference.value:+.2f} "
-        f"({row.difference.low:+.2f} to {row.difference.high:+.2f}; signs flipped, Holm: p = {row.p_value:.2g}): "
-        f"{verdict}."
+        f"At {row.asked:.0%}, {_seeds(row.seeds)}: beside the other tasks neurons-{row.order} "
+        f"{'costs' if more else 'spares'} {row.target} more than neurons-{row.rival} does, by {size:.2f} "
+        f"({min(ends):.2f} to {max(ends):.2f}; signs flipped, Holm: p = {row.p_value:.2g}): {verdict}."
     )
     return claimed(
         claim, row.difference, row.n, WHERE, "/scores, neurons", order=row.order, rival=row.rival,
@@ -105,7 +106,7 @@ def _threshold(row: neurons.Threshold) -> Finding:
         else f"the interval of retention of {row.target} is below {collapse.INTACT} from the first ratio on"
     )
     claim = f"neurons-{row.order}: {upto} (tried: {', '.join(f'{r:.0%}' for r in row.tried)})"
-    estimate = row.change
+    estimate = row.change if row.drop < collapse.INTACT - 1 else None  # else there is no step
     if estimate is not None:
         claim += (
             f"; two levels fit best with the step at {estimate.value:.1%} ({estimate.low:.1%} to "

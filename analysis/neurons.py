@@ -17,8 +17,8 @@ from . import collapse
 from .finding import achieved
 from .statistics import DRAWS, SEED, Interval, holm, interval, resamples
 
-RIVALS = {"reverse": "salience-reverse", "selective": "random"}
-"""Order -> the order that explains the same without specificity."""
+RIVALS = {"reverse": ("salience-reverse",), "selective": ("random", "salience")}
+"""Order -> the orders that explain the same without specificity."""
 
 LEAST_SEEDS = 3
 FEWEST_RATIOS = 4  # for a change point
@@ -148,12 +148,9 @@ def contrasts(found: Sequence[Cut]) -> list[Contrast]:
     table = grouped(found)
     rows: list[Contrast] = []
     for (target, order), ratios in table.items():
-        rival = table.get((target, RIVALS.get(order, "")), {})
-        rows += [
-            row
-            for asked in ratios
-            if asked in rival and (row := _contrast(ratios[asked], rival[asked])) is not None
-        ]
+        for rival in (table.get((target, name), {}) for name in RIVALS.get(order, ())):
+            pairs = [(ratios[asked], rival[asked]) for asked in ratios if asked in rival]
+            rows += [row for pair in pairs if (row := _contrast(*pair)) is not None]
     adjusted = holm([r.p_value for r in rows])
     return [replace(row, p_value=p) for row, p in zip(rows, adjusted, strict=True)]
 

@@ -69,6 +69,34 @@ def test_specific_harm_is_found_and_told_from_importance():
     assert sum("told apart" in c and "not told apart" not in c for c in claims) >= 3
 
 
+def test_selective_cuts_are_held_against_lot_and_importance():
+    """Sparing the target more than lot does says little where importance alone does as well."""
+    kept = {"selective": {"mine": 0.9}, "random": every(0.4), "salience": {"mine": 0.9}}
+    cells = dict(
+        cell(order, 0.2, every(0.4) | share, seed) for order, share in kept.items() for seed in (1, 2, 3)
+    )  # fmt: skip
+    by_lot, by_importance = neurons.contrasts(neurons.cuts(cells))
+    assert (by_lot.rival, by_importance.rival) == ("random", "salience")
+    assert by_lot.difference.value == pytest.approx(-0.5, abs=0.05)
+    assert by_lot.p_value < 0.01
+    assert by_importance.p_value > 0.05
+    claims = [f.claim for f in neuron_findings.across(cells)]
+    assert any(
+        "neurons-selective spares mine more than neurons-random does, by 0.5" in c for c in claims
+    )
+
+
+def test_a_curve_that_does_not_fall_has_no_step():
+    cells = study(lambda _: every(1.0), lambda r: {"mine": 1 - 3 * r})
+    claims = [
+        f.claim
+        for f in neuron_findings.across(cells)
+        if "stays above" in f.claim or "below" in f.claim
+    ]
+    assert [("the step at" in c) for c in claims if "neurons-reverse" in c] == [False]
+    assert [("the step at" in c) for c in claims if "neurons-salience-reverse" in c] == [True]
+
+
 def test_harm_that_is_alike_is_called_alike():
     cells = study(lambda r: every(1 - r), lambda r: every(1 - r))
     rows = neurons.contrasts(neurons.cuts(cells))
