@@ -41,6 +41,7 @@ def cut(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     for (target, order), points in table.items():
         axis = grid[targets.index(target), orders.index(order)]
         axis.set_visible(True)
+        axis.tick_params(labelbottom=True)
         axis.axhline(collapse.INTACT, color="#999999", lw=0.8, ls="--")
         for side, colour in COLOURS.items():
             known = [(p.share, span) for p in points if (span := getattr(p, side)) is not None]
@@ -54,6 +55,7 @@ def cut(cells: Mapping[str, xr.DataTree]) -> list[Picture]:
     for row in grid:
         first = next(axis for axis in row if axis.get_visible())
         first.set_ylabel("retention, mean over tasks")
+        first.tick_params(labelleft=True)
         first.legend(frameon=False, fontsize=7.5)
     figure.tight_layout()
     caption = (
