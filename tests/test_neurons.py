@@ -305,5 +305,6 @@ def test_peak_memory_is_what_the_profiler_counts(tiny):
     changes = [
         e.nbytes() for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"
     ]
-    assert before == pytest.approx(np.cumsum(changes).max(), rel=0.02)
+    counted = np.cumsum(changes).max()
+    assert 0.95 * counted <= before <= counted, "all but the scratch space inside an operation"
     assert peak_bytes(tiny) - backends.held(tiny.module) == before

@@ -111,10 +111,15 @@ def test_paths_are_those_beside_the_file_and_hyphens_are_underscores(tmp_path):
     assert request.model == "smollm2"
 
 
-def test_the_neurons_example_is_orders_by_ratios_by_seeds(root, tmp_path):
-    file = root / "docs" / "examples" / "neurons.toml"
-    plans = studyfile.plans(studyfile.read(file), tmp_path / "out")
-    assert len(plans["smollm2"].recipes) == 5 * 10 * 3
+@pytest.mark.parametrize(
+    ("file", "cells"), [("neurons.toml", 5 * 10 * 3 + 2 * 2 * 3), ("neurons-cost.toml", 5)]
+)
+def test_the_neurons_examples_are_orders_by_ratios_by_seeds(
+    root, shared_data, tmp_path, file, cells
+):
+    requests = studyfile.read(root / "docs" / "examples" / file, data=str(shared_data))
+    plans = studyfile.plans(requests, tmp_path / "out")
+    assert len(plans["smollm2"].recipes) == cells
 
 
 @pytest.mark.parametrize("file", ["smollm2.toml"])
