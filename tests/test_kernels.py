@@ -69,6 +69,17 @@ def test_exact_over_the_promised_ranges(vocab, temperature, dtype):
             assert_exact(z.to(dtype), y.to(dtype), temperature)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "fused"])
+def test_exact_where_only_the_largest_token_moved(compiled):
+    """All others shift by the normaliser alone, far less than c itself: c needs more than float32."""
+    for seed in (0, 3, 4):
+        z, _ = rows(49_152, 0.05, 1.0, seed)
+        z[:, 0] += 3.7
+        y = z.clone()
+        y[:, 0] += 0.3
+        assert_exact(z, y, 2.23, compiled)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     vocab=st.integers(11, 3000), spread=st.floats(0.01, 100), shift=st.floats(1e-4, 10),
