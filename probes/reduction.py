@@ -259,6 +259,11 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return torch.linalg.vecdot(x, y)
 
 
+def _last_dot(x: Tensor, y: Tensor) -> Tensor:
+    """`_dot` where `x` is not needed any more: it is overwritten."""
+    return (x.mul_(y)).sum(-1)
+
+
 def _polynomial(x: Tensor, *coefficients: float) -> Tensor:
     """A polynomial by Horner's rule, the highest power first."""
     highest, *rest = coefficients
@@ -420,23 +425,23 @@ def _second_pass(z: Tensor, y: Tensor, k: _Constants) -> Sums:
     d.sub_(k.shift).add_(lost).mul_(k.inverse)
     p = _exp((z - k.top).mul_(k.inverse).sub_(k.log_w))
     q = _exp((y - k.best).mul_(k.inverse).sub_(k.log_v))
-    return (*_second_sums(d, p, q, k), across)
+    return (*_second_sums(d, p, q, p * p, k), across)
 
 
-def _second_sums(d: Tensor, p: Tensor, q: Tensor, k: _Constants) -> Sums:
-    """The second pass from dz/T, relative to the largest token's, and both distributions.
+def _second_sums(d: Tensor, p: Tensor, q: Tensor, square: Tensor, k: _Constants) -> Sums:
+    """The second pass from dz/T, relative to the largest token's, both distributions, and p^2.
 
-    Overwrites `d` and `q`. Unfused, every line here is a trip through the cache: temporaries are
+    Overwrites `d`, `q` and `square`. Unfused, every line here is a trip through the cache: temporaries are
     overwritten.
     """
     u = (d - k.c).sub_(k.c_rest)
-    return (*_divergences(u, p, q), _dot(p, q), *_moments(d, p, q, k))
+    return (*_divergences(u, p, q), _dot(p, q), *_moments(d, p, q, square, k))
 
 
 def _across(z: Tensor, d: Tensor, alpha: Tensor) -> Tensor:
     """|dz|^2 across z, where dz goes alpha z along it."""
     side = torch.addcmul(d, alpha.neg(), z)
-    return _dot(side, side)
+    return _last_dot(side, side)
 
 
 def _shift(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -456,29 +461,27 @@ def _both_passes(z: Tensor, y: Tensor, k: _Starts, T: float) -> tuple[Rows, Tens
     d.sub_(k.shift).add_(lost)
     if T != 1:
         d.mul_(1 / T)
-    p, rest_w, e_lz = _exponentials(z, k.top, k.first, T)
-    q, rest_v, v_ly = _exponentials(y, k.best, k.second, T)
-    square = p * p
-    means = _dot(p, d), square.sum(-1), _dot(square, d), d.sum(-1)
+    p, rest_w, e_lz = _distribution(z, k.top, k.first, T)
+    q, rest_v, v_ly = _distribution(y, k.best, k.second, T)
+    square, w = p * p, 1 + rest_w
+    means = _dot(p, d) * w, square.sum(-1) * w * w, _dot(square, d) * w * w, d.sum(-1)
     count = torch.full_like(rest_w, 1 - z.shape[-1])
     first = torch.stack((count, -rest_w, count, -rest_v, e_lz, v_ly, *means, *dz)).double()
     rows = _rows(_Ends(*k[:4]), first, z.shape[-1], T)
-    p.mul_(1 / (1 + rest_w[:, None]))
-    q.mul_(1 / (1 + rest_v[:, None]))
-    sums = torch.stack((*_second_sums(d, p, q, _constants(rows, T)), across)).double()
+    sums = torch.stack((*_second_sums(d, p, q, square, _constants(rows, T)), across)).double()
     return rows, _corrected(z, y, rows, sums, T)
 
 
-def _exponentials(z: Tensor, top: Tensor, index: Tensor, T: float) -> tuple[Tensor, Tensor, Tensor]:
-    """e = exp((z - top)/T), its sum without the largest token, and its dot with (z - top)/T.
+def _distribution(z: Tensor, top: Tensor, index: Tensor, T: float) -> tuple[Tensor, Tensor, Tensor]:
+    """p, and of e = exp((z - top)/T) the sum without the largest token and the dot with (z - top)/T.
 
     By powers of two: a library's `exp` takes three times as long.
     """
     bits = (z - top).mul_(LOG2_E / T)
     e = torch.exp2(bits)
-    weighted = _dot(e, bits) / LOG2_E
+    weighted = _last_dot(bits, e) / LOG2_E
     rest = e.scatter_(1, index, 0.0).sum(-1)
-    return e.scatter_(1, index, 1.0), rest, weighted
+    return e.scatter_(1, index, 1.0).mul_(1 / (1 + rest[:, None])), rest, weighted
 
 
 def _share(b: Tensor) -> Tensor:
@@ -520,29 +523,29 @@ def _divergences(u: Tensor, p: Tensor, q: Tensor) -> Sums:
     size, both = gap.abs(), p + q
     far = some.abs_().sub_(_short_of_line(size, both))
     js = moved.sub_(both.mul_(_select(near, _log_cosh(b), far)))
-    gaps = size.sum(-1), gap.sum(-1), _dot(gap, p)
+    gaps = size.sum(-1), gap.sum(-1), _last_dot(gap, p)
     return (*gaps, kl.sum(-1), back.sum(-1), js.sum(-1))
 
 
-def _moments(d: Tensor, p: Tensor, q: Tensor, k: _Constants) -> Sums:
+def _moments(d: Tensor, p: Tensor, q: Tensor, square: Tensor, k: _Constants) -> Sums:
     """Centred moments of dz/T under p, r and uniform weights, and the angle of p' across p.
 
-    Overwrites `d` and `q`.
+    Overwrites `d`, `q` and `square`.
     """
     x = d - k.mean_p
     px = p * x
     pxx = px * x
-    moments = px.sum(-1), pxx.sum(-1), _dot(pxx, x)
+    moments = px.sum(-1), pxx.sum(-1), _last_dot(pxx, x)
     xr = torch.sub(d, k.mean_r)
-    ppx = (p * p).mul_(xr)
-    collision = ppx.sum(-1), _dot(ppx, xr)
+    ppx = square.mul_(xr)
+    collision = ppx.sum(-1), _last_dot(ppx, xr)
     b = xr.clamp(-NEAR, NEAR)
     shrunk = p * k.shrink_p
     near = _same(b, xr)
     residual = _select(near, _share(b).add_(b).mul_(shrunk), q.mul_(k.shrink_q).sub_(shrunk))
-    angle = _dot(p, residual), _dot(residual, residual)
+    angle = _dot(p, residual), _last_dot(residual, residual)
     xu = d.sub_(k.mean_u)
-    return (*moments, *collision, *angle, xu.sum(-1), _dot(xu, xu))
+    return (*moments, *collision, *angle, xu.sum(-1), _last_dot(xu, xu))
 
 
 def _assemble(rows: Rows, sums: Tensor, vocab: int, T: float) -> Figures:
