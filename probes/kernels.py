@@ -18,6 +18,7 @@ from .reduction import (
     Figures,
     Leaders,
     Settings,
+    even,
     keep_freed_memory,
     leaders,
     reduce_block,
@@ -207,7 +208,7 @@ def compare_at(
     done: list[list[list[Tensor]]] = [[[] for _ in candidates] for _ in every]
     if space is None:
         space = workspace(readout, block or len(dense), dense.device, len(candidates))
-    block = _even(len(dense), min(block or len(dense), space.shape[1]))
+    block = even(len(dense), min(block or len(dense), space.shape[1]))
     chosen: list[list[Tensor]] = [[] for _ in candidates]
     for start in range(0, len(dense), block):
         states = [x[start : start + block] for x in (dense, *candidates)]
@@ -265,12 +266,6 @@ def _settle(y: Tensor, z: Tensor, same: Tensor) -> None:
     """Rows of equal states get equal logits, wherever the product rounded them differently."""
     if bool(same.any()):
         y[same] = z[same]
-
-
-def _even(positions: int, most: int) -> int:
-    """Rows of a block so that all blocks are about as long: a short one wastes its product."""
-    blocks = max(1, math.ceil(positions / max(1, most)))
-    return max(1, math.ceil(positions / blocks))
 
 
 def workspace(

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from threading import Barrier
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from ..analysis import formulas
 BLOCK_ELEMENTS = 4_000_000  # elements whose rows are reduced together: the second pass finds them
 PLAIN_ELEMENTS = 20_000_000  # the same unfused, where they are divided among threads
 CACHE_ELEMENTS = 200_000  # elements that one thread takes at a time: temporaries stay in cache
-ACCELERATOR_ELEMENTS = 256_000_000  # both, where memory is not a cache
+ACCELERATOR_ELEMENTS = 256_000_000  # all three, where memory is not a cache
 TILE = 1024  # tokens that a fused pass sums in float32, in registers, before float64 takes over
 NEAR = 0.25  # a series up to here, differences and logarithms beyond
 GROUP = 64  # tokens whose maximum stands for them while the top k are searched
@@ -81,11 +81,16 @@ class Settings:
     compiled: bool
 
     def rows(self, logits: Tensor) -> int:
-        """Rows that are reduced together, so that all blocks are about as long."""
+        """Rows that are reduced together."""
         most = BLOCK_ELEMENTS if self.compiled else PLAIN_ELEMENTS
         most = most if logits.device.type == "cpu" else ACCELERATOR_ELEMENTS
-        blocks = max(1, math.ceil(logits.numel() / most))
-        return max(1, math.ceil(len(logits) / blocks))
+        return even(len(logits), most // max(1, logits.shape[-1]))
+
+
+def even(positions: int, most: int) -> int:
+    """Rows of a block so that all blocks are about as long: a short one wastes what a block costs."""
+    blocks = max(1, math.ceil(positions / max(1, most)))
+    return max(1, math.ceil(positions / blocks))
 
 
 Leaders = tuple[Tensor, Tensor]
@@ -111,11 +116,10 @@ def reduce_rows(z: Tensor, y: Tensor, settings: Settings, first: Leaders) -> Ten
     best, best_index = leaders(y, settings.top_k)
     shift = y.gather(1, top_index[:, :1]) - top[:, :1]
     ends = _Ends(top[:, :1], best[:, :1], shift, torch.full_like(shift, 1 / T))
-    if settings.compiled and len(z) > 1:  # a single row would be compiled for itself
+    if settings.compiled:
         rows, sums = _fused_passes(z, y, ends, T)
     else:
-        starts = _Starts(*ends, top_index[:, :1], best_index[:, :1])
-        rows, sums = _plain_passes(z, y, starts, T)
+        rows, sums = _plain_passes(z, y, ends, (top_index[:, :1], best_index[:, :1]), T)
     heads = {
         "flip": (top_index[:, 0] != best_index[:, 0]).double(),
         "margin": (top[:, 0] - top[:, 1]).double(),
@@ -128,10 +132,8 @@ def reduce_rows(z: Tensor, y: Tensor, settings: Settings, first: Leaders) -> Ten
 def _unshifted(z: Tensor, settings: Settings, first: Leaders) -> Tensor:
     """`reduce_rows(z, z)`: every shift is exactly zero, only the entropy and the margin need the row."""
     top, index = first
-    lz = (z - top[:, :1]).div_(settings.temperature)
-    e = torch.exp(lz)
-    e_lz = _dot(e, lz).double()
-    rest = e.scatter_(1, index[:, :1], 0.0).sum(-1).double()
+    _, rest, e_lz = _distribution(z, top[:, :1], index[:, :1], settings.temperature)
+    rest, e_lz = rest.double(), e_lz.double()
     row = torch.zeros((len(z), len(FIGURES)), dtype=torch.float64, device=z.device)
     entropy = torch.log1p(rest) - e_lz / (1 + rest)
     for name in ("entropy", "entropy_candidate"):
@@ -150,26 +152,37 @@ Rows = dict[str, Tensor]
 
 def _fused_passes(z: Tensor, y: Tensor, ends: _Ends, T: float) -> tuple[Rows, Tensor]:
     """What the first pass says of each row and the sums `(sum, row)` of the second, both compiled."""
-    rows = _rows(ends, _fused_sums(_first_pass, z, y, ends), z.shape[-1], T)
-    return rows, _corrected(z, y, rows, _fused_sums(_second_pass, z, y, _constants(rows, T)), T)
+    first, second = partial(_fused_sums, _first_pass), partial(_fused_sums, _second_pass)
+    sums = first(z, y, ends)
+    below, weighted = sums[0:4:2], sums[1:4:2]
+    rests = z.shape[-1] - 1 + below - weighted
+    rows = _rows(ends, torch.cat([rests, sums[4:]]), z.shape[-1], T)
+    return rows, _corrected(second, z, y, rows, second(z, y, _constants(rows, T)), T)
 
 
 def _fused_sums(kernel: Callable[..., Sums], z: Tensor, y: Tensor, constants: Any) -> Tensor:
     """The sums of a compiled pass over each row, float64 `(sum, row)`; unfused past the last whole tile."""
-    whole = z.shape[-1] // TILE * TILE
+    alone = len(z) == 1  # a single row would be compiled for itself
+    whole = 0 if alone else z.shape[-1] // TILE * TILE
     parts: list[Tensor] = []
     if whole:
         wide = type(constants)(*(value[:, :, None] for value in constants))
         tiles = (x[:, :whole].unflatten(-1, (-1, TILE)) for x in (z, y))
         parts.append(torch.stack(_fused(kernel)(*tiles, wide)).sum(-1, dtype=torch.float64))
     if whole < z.shape[-1]:
-        rest = kernel(z[:, whole:], y[:, whole:], constants)
-        parts.append(torch.stack(rest).double())
+        parts.append(_plain_sums(kernel, z[:, whole:], y[:, whole:], constants))
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-def _corrected(z: Tensor, y: Tensor, rows: Rows, sums: Tensor, T: float) -> Tensor:
-    """The sums of the second pass with c corrected, in `rows` too, until p' sums to 1."""
+def _plain_sums(kernel: Callable[..., Sums], z: Tensor, y: Tensor, constants: Any) -> Tensor:
+    """The sums of a pass over each row as it stands, float64 `(sum, row)`."""
+    return torch.stack(kernel(z, y, constants)).double()
+
+
+def _corrected(
+    second: Callable[..., Tensor], z: Tensor, y: Tensor, rows: Rows, sums: Tensor, T: float
+) -> Tensor:
+    """The sums of the `second` pass with c corrected, in `rows` too, until p' sums to 1."""
     for _ in range(CORRECTIONS):
         gap, drift = sums[0], sums[1]
         off = torch.nonzero(drift.abs() > TOLERANCE * gap)[:, 0]
@@ -177,15 +190,17 @@ def _corrected(z: Tensor, y: Tensor, rows: Rows, sums: Tensor, T: float) -> Tens
             break
         rows["c"][off] += torch.log1p(drift[off])
         some = _constants({name: value[off] for name, value in rows.items()}, T)
-        sums[:, off] = torch.stack(_second_pass(z[off], y[off], some)).double()
+        sums[:, off] = second(z[off], y[off], some)
     return sums
 
 
-def _plain_passes(z: Tensor, y: Tensor, starts: _Starts, T: float) -> tuple[Rows, Tensor]:
+def _plain_passes(
+    z: Tensor, y: Tensor, ends: _Ends, places: tuple[Tensor, Tensor], T: float
+) -> tuple[Rows, Tensor]:
     """`_fused_passes` without a compiler, so many rows at a time as the cache takes.
 
-    On several threads each takes rows of its own: an operation that is split over all of them waits
-    for the slowest every time, and there are a hundred.
+    `places` are those of the largest tokens. On several threads each takes rows of its own: an
+    operation that is split over all of them waits for the slowest every time, and there are a hundred.
     """
     elements = CACHE_ELEMENTS if z.device.type == "cpu" else ACCELERATOR_ELEMENTS
     step = max(1, elements // z.shape[-1])
@@ -193,12 +208,14 @@ def _plain_passes(z: Tensor, y: Tensor, starts: _Starts, T: float) -> tuple[Rows
     @torch.no_grad()
     def part(start: int) -> tuple[Rows, Tensor]:
         here = slice(start, start + step)
-        return _both_passes(z[here], y[here], _Starts(*(value[here] for value in starts)), T)
+        some = _Ends(*(value[here] for value in ends))
+        rows, sums = _both_passes(z[here], y[here], some, (places[0][here], places[1][here]), T)
+        return rows, _corrected(partial(_plain_sums, _second_pass), z[here], y[here], rows, sums, T)
 
-    begins = range(0, len(z), step)
+    starts = range(0, len(z), step)
     threads = torch.get_num_threads() if z.device.type == "cpu" else 1
-    alone = threads == 1 or len(begins) == 1
-    done = list(map(part, begins) if alone else _crew(threads).map(part, begins))
+    alone = threads == 1 or len(starts) == 1
+    done = list(map(part, starts) if alone else _crew(threads).map(part, starts))
     rows = {name: torch.cat([found[name] for found, _ in done]) for name in done[0][0]}
     return rows, torch.cat([sums for _, sums in done], dim=1)
 
@@ -318,19 +335,8 @@ class _Ends(NamedTuple):
 
     top: Tensor
     best: Tensor
-    shift: Tensor  # dz of the largest token: dz is taken from there, and in units of T
+    shift: Tensor  # dz of the largest token, from which dz is counted
     inverse: Tensor
-
-
-class _Starts(NamedTuple):
-    """`_Ends` and where the largest tokens stand."""
-
-    top: Tensor
-    best: Tensor
-    shift: Tensor
-    inverse: Tensor
-    first: Tensor
-    second: Tensor
 
 
 def _first_pass(z: Tensor, y: Tensor, k: _Ends) -> Sums:
@@ -358,10 +364,9 @@ def _first_pass(z: Tensor, y: Tensor, k: _Ends) -> Sums:
 
 
 def _rows(ends: _Ends, sums: Tensor, vocab: int, T: float) -> Rows:
-    """What the first pass says of each row, in float64."""
-    below_w, e_below, below_v, v_below, e_lz, v_ly, e_d, ee, ee_d, sum_d, zz, zd, zy = sums
+    """What the first pass says of each row, in float64; `rest` is a normaliser but for its largest term."""
+    rest_w, rest_v, e_lz, v_ly, e_d, ee, ee_d, sum_d, zz, zd, zy = sums
     top, best, shift, _ = (value[:, 0].double() for value in ends)
-    rest_w, rest_v = vocab + below_w - 1 - e_below, vocab + below_v - 1 - v_below
     log_w, log_v = torch.log1p(rest_w), torch.log1p(rest_v)
     return {
         "top": top,
@@ -397,7 +402,7 @@ class _Constants(NamedTuple):
     log_v: Tensor
     shift: Tensor
     c: Tensor
-    c_rest: Tensor  # what float32 keeps of c and what not: u of most tokens can be as small
+    c_rest: Tensor  # what float32 drops of c: u of most tokens can be as small
     mean_p: Tensor
     mean_r: Tensor
     mean_u: Tensor
@@ -431,8 +436,8 @@ def _second_pass(z: Tensor, y: Tensor, k: _Constants) -> Sums:
 def _second_sums(d: Tensor, p: Tensor, q: Tensor, square: Tensor, k: _Constants) -> Sums:
     """The second pass from dz/T, relative to the largest token's, both distributions, and p^2.
 
-    Overwrites `d`, `q` and `square`. Unfused, every line here is a trip through the cache: temporaries are
-    overwritten.
+    Overwrites `d`, `q` and `square`. Unfused, every line here is a trip through the cache:
+    temporaries are overwritten.
     """
     u = (d - k.c).sub_(k.c_rest)
     return (*_divergences(u, p, q), _dot(p, q), *_moments(d, p, q, square, k))
@@ -453,23 +458,24 @@ def _shift(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return d, lost.sub_(back.add_(z))
 
 
-def _both_passes(z: Tensor, y: Tensor, k: _Starts, T: float) -> tuple[Rows, Tensor]:
+def _both_passes(
+    z: Tensor, y: Tensor, k: _Ends, places: tuple[Tensor, Tensor], T: float
+) -> tuple[Rows, Tensor]:
     """Both passes over rows in cache: the second finds dz and the exponentials of the first there."""
     d, lost = _shift(z, y)
     dz = _dot(z, z), _dot(z, d), _dot(z, y)
     across = _across(z, d, (dz[1] / dz[0])[:, None])
     d.sub_(k.shift).add_(lost)
     if T != 1:
-        d.mul_(1 / T)
-    p, rest_w, e_lz = _distribution(z, k.top, k.first, T)
-    q, rest_v, v_ly = _distribution(y, k.best, k.second, T)
+        d.mul_(k.inverse)
+    p, rest_w, e_lz = _distribution(z, k.top, places[0], T)
+    q, rest_v, v_ly = _distribution(y, k.best, places[1], T)
     square, w = p * p, 1 + rest_w
     means = _dot(p, d) * w, square.sum(-1) * w * w, _dot(square, d) * w * w, d.sum(-1)
-    count = torch.full_like(rest_w, 1 - z.shape[-1])
-    first = torch.stack((count, -rest_w, count, -rest_v, e_lz, v_ly, *means, *dz)).double()
-    rows = _rows(_Ends(*k[:4]), first, z.shape[-1], T)
-    sums = torch.stack((*_second_sums(d, p, q, square, _constants(rows, T)), across)).double()
-    return rows, _corrected(z, y, rows, sums, T)
+    first = torch.stack((rest_w, rest_v, e_lz, v_ly, *means, *dz)).double()
+    rows = _rows(k, first, z.shape[-1], T)
+    second = (*_second_sums(d, p, q, square, _constants(rows, T)), across)
+    return rows, torch.stack(second).double()
 
 
 def _distribution(z: Tensor, top: Tensor, index: Tensor, T: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -536,7 +542,7 @@ def _moments(d: Tensor, p: Tensor, q: Tensor, square: Tensor, k: _Constants) -> 
     px = p * x
     pxx = px * x
     moments = px.sum(-1), pxx.sum(-1), _last_dot(pxx, x)
-    xr = torch.sub(d, k.mean_r)
+    xr = d - k.mean_r
     ppx = square.mul_(xr)
     collision = ppx.sum(-1), _last_dot(ppx, xr)
     b = xr.clamp(-NEAR, NEAR)
