@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
+import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,29 @@ def is_local(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside its place first and then renamed; where a place takes whole files only, at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Written whole or not at all; where a place takes whole files only, at once."""
     if not is_local(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
         return
-    scratch = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    scratch.write_text(text, "utf-8")
-    scratch.replace(path)
+    with beside(path) as scratch:
+        scratch.write_text(text, "utf-8")
+
+
+@contextmanager
+def beside(path: Path) -> Generator[Path]:
+    """What to write instead of a local file, renamed to it at the end: a file that is there is complete.
+
+    The name is nobody else's, so that threads, processes and machines may write the same file at once;
+    the last one stays. Nothing is left of what fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".writing-{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def opened(path: Path) -> Any:

@@ -7,7 +7,6 @@ what is read is checked against this table, so that a file with this schema vers
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from .places import is_local, opened, put
+from .places import beside, is_local, opened, put
 
 VERSION = "1"
 H = "arXiv 2603.24652"
@@ -301,16 +300,12 @@ def write(cell: xr.DataTree, path: Path) -> None:
     """Write a cell, beside its place first and then renamed: a file that is there is complete."""
     for name, node in cell.children.items():
         check_group(name, node.to_dataset())
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not is_local(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         put(path, lambda file: cell.to_netcdf(file, engine="h5netcdf", encoding=_encoding(cell)))
         return
-    scratch = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    try:
+    with beside(path) as scratch:
         cell.to_netcdf(scratch, engine="h5netcdf", encoding=_encoding(cell))
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _encoding(cell: xr.DataTree) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..analysis.places import beside
 from . import backends, prune
 from .anatomy import dropped, linears
 from .items import SEED, without_examples
@@ -330,19 +331,15 @@ class _Run:
 
     def checkpoint(self, folder: Path, key: str) -> None:
         """Everything that the rest of the training depends on, complete or absent."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"now.{n}": t.detach() for n, t in self.made.learned.items()}
         tensors |= {f"best.{n}": t for n, t in self.best.items()}
         for n, t in self.made.learned.items():
             moments = self.optimizer.state.get(t, {})
             tensors |= {f"{k}.{n}": v.float() for k, v in moments.items()}
         told = {"key": key, "step": self.step, "stale": self.stale, "losses": self.losses}
-        scratch = folder / ".writing"
-        save_file(
-            {n: t.contiguous().clone() for n, t in tensors.items()}, scratch,
-            {"training": json.dumps(told)},
-        )  # fmt: skip
-        scratch.replace(folder / "training.safetensors")
+        whole = {n: t.contiguous().clone() for n, t in tensors.items()}
+        with beside(folder / "training.safetensors") as scratch:
+            save_file(whole, scratch, {"training": json.dumps(told)})
 
     def resume(self, folder: Path, key: str) -> bool:
         """Go on from a checkpoint; whether there is one."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..analysis.places import beside
 from .load import cache_folder
 from .model import Model
 
@@ -37,8 +36,9 @@ def remembered(
     with suppress(OSError, SafetensorError):
         return load_file(file)
     found = {name: value.cpu().contiguous() for name, value in make().items()}
-    with suppress(OSError):  # a cache that cannot be written costs time and nothing else
-        _keep(found, file)
+    # a cache that cannot be written costs time and nothing else
+    with suppress(OSError), beside(file) as scratch:
+        save_file(found, scratch)
     return found
 
 
@@ -49,10 +49,3 @@ def _key(model: Model, told: Sequence[object]) -> str:
         key.update(name.encode())
         key.update(weight.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return key.hexdigest()
-
-
-def _keep(found: Tensors, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".writing-{os.getpid()}-{file.name}")
-    save_file(found, scratch)
-    scratch.replace(file)

@@ -7,7 +7,7 @@ import pytest
 
 ALLOWED = {
     "analysis": {"analysis": None},
-    "probes": {"probes": None, "analysis": {"schema", "formulas"}},
+    "probes": {"probes": None, "analysis": {"schema", "formulas", "places"}},
     "reports": {"reports": None, "probes": None, "analysis": None},
 }
 FOREIGN = {

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import architectures
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import xarray as xr
 from prunescope.analysis import open_study, schema
-from prunescope.analysis.places import PlaceError, place
+from prunescope.analysis.places import PlaceError, place, write_text
 from prunescope.probes.recipe import RecipeError
 from prunescope.reports import studyfile
 from prunescope.reports.engines import Beside, Here, Remote, Trouble, WorkerDied, workers
@@ -336,6 +337,21 @@ def test_results_lie_wherever_fsspec_reaches(two_models, tmp_path, where):
     page = render_study(out, out / "report.html")
     assert "mlp-drop@1" in page.read_text()
     assert (out / "cells.csv").exists()
+
+
+def test_threads_that_write_one_file_at_once_do_not_take_each_others(tmp_path):
+    """Two workers that begin with one model write its `study.json` at the same moment."""
+    file = tmp_path / "study.json"
+
+    def one(who: int) -> None:
+        for _ in range(100):
+            write_text(file, str(who) * 10_000)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(8)))
+    assert len(set(file.read_text())) == 1
+    assert file.stat().st_size == 10_000
+    assert [f.name for f in tmp_path.iterdir()] == ["study.json"]
 
 
 def test_a_place_that_nothing_reads_is_named():
