@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+SCRATCH = ".writing-"
+"""What the name of an unfinished file begins with; a process that is killed may leave one."""
+
 
 class PlaceError(ValueError):
     """A place that cannot be used; the message says what to install."""
@@ -57,7 +60,7 @@ def beside(path: Path) -> Generator[Path]:
     the last one stays. Nothing is left of what fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".writing-{secrets.token_hex(4)}-{path.name}")
+    scratch = path.with_name(f"{SCRATCH}{secrets.token_hex(4)}-{path.name}")
     try:
         yield scratch
         scratch.replace(path)

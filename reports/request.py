@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..analysis.places import SCRATCH
 from ..probes import sandbox
 from ..probes.compress import ranked_by
 from ..probes.items import SEED, Task
@@ -237,7 +238,11 @@ def check_empty(folder: Path, ours: Sequence[str] = ()) -> None:
         StudyError: it holds something else.
     """
     if folder.exists() and (
-        not folder.is_dir() or any(entry.name not in ours for entry in folder.iterdir())
+        not folder.is_dir()
+        or any(
+            entry.name not in ours and not entry.name.startswith(SCRATCH)
+            for entry in folder.iterdir()
+        )
     ):
         raise StudyError(
             f"--out {folder} exists and holds something else; name a new or empty folder"

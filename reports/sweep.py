@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..analysis.places import write_text
+from ..analysis.places import SCRATCH, write_text
 from ..analysis.provenance import now
 from .engines import Trouble, Worker, WorkerDied
 from .progress import Progress
@@ -127,7 +127,7 @@ class _Queue:
         self._change = threading.Condition()
         self._stopped = False
         for what in self.plans.values():
-            for scratch in what.folder.glob("cells/.writing-*"):  # of a process that was killed
+            for scratch in what.folder.glob(f"**/{SCRATCH}*"):  # of a process that was killed
                 scratch.unlink(missing_ok=True)
 
     def left(self) -> int:

@@ -21,7 +21,7 @@ from prunescope.reports import studyfile
 from prunescope.reports.engines import Beside, Here, Remote, Trouble, WorkerDied, workers
 from prunescope.reports.estimate import estimate
 from prunescope.reports.progress import Progress
-from prunescope.reports.request import StudyError
+from prunescope.reports.request import StudyError, check_empty
 from prunescope.reports.study_page import render_study
 from prunescope.reports.sweep import failures, sweep
 
@@ -187,13 +187,14 @@ def test_a_study_that_is_killed_goes_on_and_recomputes_nothing(two_models, tmp_p
     process.wait()
     finished = {f: f.stat().st_mtime_ns for f in out.glob("*/cells/[!.]*.nc")}
     (folder,) = {f.parent for f in finished}
-    torn = folder / ".writing-1-rtn@int8.nc"
-    torn.write_bytes(b"half")
+    torn = [folder / ".writing-1-rtn@int8.nc", folder.parent / ".writing-2-study.json"]
+    for file_of_the_killed in torn:
+        file_of_the_killed.write_bytes(b"half")
     assert open_study(out).sizes["cell"] == len(finished) < 5
     done = command("sweep", file, "--out", out)
     assert done.returncode == 0, done.stderr
     assert open_study(out).sizes["cell"] == 5
-    assert not torn.exists()
+    assert not any(f.exists() for f in torn)
     assert {f: f.stat().st_mtime_ns for f in finished} == finished
     assert "dense: tasks" not in done.stderr
     again = command("sweep", file, "--out", out)
@@ -310,6 +311,15 @@ def test_a_folder_that_no_sweep_wrote_is_left_alone(two_models, tmp_path):
     (tmp_path / "out" / "thesis.tex").write_text("x")
     with pytest.raises(StudyError, match="holds something else"):
         studyfile.plans(studyfile.read(file), tmp_path / "out")
+
+
+def test_a_folder_with_nothing_but_an_unfinished_file_is_ours(tmp_path):
+    """A process killed while it wrote its first file can be started again."""
+    (tmp_path / ".writing-1-study.json").write_text("{")
+    check_empty(tmp_path)
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(StudyError, match="holds something else"):
+        check_empty(tmp_path)
 
 
 def test_workers_that_cannot_be():
