@@ -122,27 +122,41 @@ def first_pass(z: Tensor, y: Tensor, k: Ends) -> Sums:
     return (*rest_w, below.sum(-1), _dot(v, below), e_lz, v_ly, e_d, *collision, d.sum(-1), *dz)
 
 
-def describe(ends: Ends, sums: Tensor, vocab: int, T: float) -> Rows:
-    """What the first pass says of each row, in float64; `rest` is a normaliser but for its largest term."""
-    rest_w, rest_v, e_lz, v_ly, e_d, ee, ee_d, sum_d, zz, zd, zy = sums
+def normalised(sums: Tensor, vocab: int) -> Tensor:
+    """The float64 `(sum, row)` of `first_pass` with p in place of e = exp((z - top)/T), as `centres` wants them."""
+    below, weighted = sums[0:4:2], sums[1:4:2]
+    rests = vocab - 1 + below - weighted
+    e_lz, v_ly, e_d, ee, ee_d, *rest = sums[4:]
+    w = 1 + rests[0]
+    return torch.stack((*rests, e_lz, v_ly, e_d / w, ee / w**2, ee_d / w**2, *rest))
+
+
+def centres(ends: Ends, first: Tensor, vocab: int, T: float) -> Rows:
+    """What the second pass is centred by, in float64; `rest` is a normaliser but for its largest term."""
+    _, _, _, _, mean_p, pp, pp_d, sum_d, zz, zd, _ = first
     top, best, shift, _ = (value[:, 0].double() for value in ends)
-    log_w, log_v = torch.log1p(rest_w), torch.log1p(rest_v)
+    log_w, log_v = first[:2].log1p()
     return {
-        "top": top,
-        "best": best,
         "log_w": log_w,
         "log_v": log_v,
-        "shift": shift,
-        "c": (best - top) / T + (log_v - log_w) - shift / T,
-        "mean_p": e_d / (1 + rest_w),
-        "mean_r": ee_d / ee,
+        "c": (best - top - shift) / T + (log_v - log_w),
+        "mean_p": mean_p,
+        "mean_r": pp_d / pp,
         "mean_u": sum_d / vocab,
-        "zz": zz,
         "alpha": zd / zz,
+    }
+
+
+def describe(ends: Ends, first: Tensor, vocab: int, T: float) -> Rows:
+    """Everything that the first pass says of each row, in float64."""
+    rest_w, rest_v, e_lz, v_ly, _, pp, _, _, zz, zd, zy = first
+    rows = centres(ends, first, vocab, T)
+    return rows | {
+        "zz": zz,
         "k": one_plus(zd, zz, zy),
-        "pp": ee / (1 + rest_w) ** 2,
-        "entropy": log_w - e_lz / (1 + rest_w),
-        "entropy_candidate": log_v - v_ly / (1 + rest_v),
+        "pp": pp,
+        "entropy": rows["log_w"] - e_lz / (1 + rest_w),
+        "entropy_candidate": rows["log_v"] - v_ly / (1 + rest_v),
     }
 
 
@@ -154,12 +168,12 @@ def one_plus(part: Tensor, whole: Tensor, both: Tensor) -> Tensor:
 class Constants(NamedTuple):
     """Row constants of the second pass, `(row, 1)` float32, relative to the shift of the largest token."""
 
-    inverse: Tensor
     top: Tensor
     best: Tensor
+    shift: Tensor
+    inverse: Tensor
     log_w: Tensor
     log_v: Tensor
-    shift: Tensor
     c: Tensor
     c_rest: Tensor  # what float32 drops of c: u of most tokens can be as small
     mean_p: Tensor
@@ -170,17 +184,14 @@ class Constants(NamedTuple):
     shrink_q: Tensor
 
 
-def constants_of(rows: Rows, T: float) -> Constants:
+def constants_of(ends: Ends, rows: Rows) -> Constants:
     """The constants of the second pass from what the first says of each row."""
-    mean_x = rows["mean_r"] - rows["c"]  # E_r[u]
-    values = [
-        torch.full_like(mean_x, 1 / T),
-        *(rows[k] for k in ("top", "best", "log_w", "log_v", "shift", "c")),
-        rows["c"] - rows["c"].float(),
-        *(rows[k] for k in ("mean_p", "mean_r", "mean_u", "alpha")),
-        mean_x.clamp(max=0).exp(), (-mean_x.clamp(min=0)).exp(),
-    ]  # fmt: skip
-    return Constants(*torch.stack(values).float()[:, :, None].unbind())
+    c = rows["c"]
+    mean_x = rows["mean_r"] - c  # E_r[u]
+    centred = (rows[k] for k in ("mean_p", "mean_r", "mean_u", "alpha"))
+    shrink = torch.stack((mean_x, -mean_x)).clamp_(max=0).exp_()
+    values = (rows["log_w"], rows["log_v"], c, c - c.float(), *centred, *shrink)
+    return Constants(*ends, *torch.stack(values).float()[:, :, None].unbind())
 
 
 def second_pass(z: Tensor, y: Tensor, k: Constants) -> Sums:
@@ -220,8 +231,12 @@ def _shift(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def both_passes(
     z: Tensor, y: Tensor, k: Ends, places: tuple[Tensor, Tensor], T: float
-) -> tuple[Rows, Tensor]:
-    """Both passes over rows in cache: the second finds dz and the exponentials of the first there."""
+) -> tuple[Tensor, Tensor]:
+    """Sums of both passes over rows in cache: the second finds dz and the exponentials of the first there.
+
+    What rows say is computed only as far as the second pass needs it: threads wait for each other
+    where operations are short.
+    """
     d, lost = _shift(z, y)
     dz = _dot(z, z), _dot(z, d), _dot(z, y)
     across = _across(z, d, (dz[1] / dz[0])[:, None])
@@ -230,12 +245,12 @@ def both_passes(
         d.mul_(k.inverse)
     p, rest_w, e_lz = distribution(z, k.top, places[0], T)
     q, rest_v, v_ly = distribution(y, k.best, places[1], T)
-    square, w = p * p, 1 + rest_w
-    means = _dot(p, d) * w, square.sum(-1) * w * w, _dot(square, d) * w * w, d.sum(-1)
+    square = p * p
+    means = _dot(p, d), square.sum(-1), _dot(square, d), d.sum(-1)
     first = torch.stack((rest_w, rest_v, e_lz, v_ly, *means, *dz)).double()
-    rows = describe(k, first, z.shape[-1], T)
-    second = (*_second_sums(d, p, q, square, constants_of(rows, T)), across)
-    return rows, torch.stack(second).double()
+    constants = constants_of(k, centres(k, first, z.shape[-1], T))
+    second = (*_second_sums(d, p, q, square, constants), across)
+    return first, torch.stack(second).double()
 
 
 def distribution(z: Tensor, top: Tensor, index: Tensor, T: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -320,15 +335,23 @@ def plain_sums(kernel: Callable[..., Sums], z: Tensor, y: Tensor, constants: Any
 
 
 def corrected(
-    second: Callable[..., Tensor], z: Tensor, y: Tensor, rows: Rows, sums: Tensor, T: float
+    second: Callable[..., Tensor],
+    z: Tensor,
+    y: Tensor,
+    ends: Ends,
+    rows: Rows,
+    sums: Tensor,
+    step: int,
 ) -> Tensor:
-    """The sums of the `second` pass with c corrected, in `rows` too, until p' sums to 1."""
+    """The sums of the `second` pass with c corrected, in `rows` too, until p' sums to 1; `step` rows at a time."""
     for _ in range(CORRECTIONS):
         gap, drift = sums[0], sums[1]
         off = torch.nonzero(drift.abs() > TOLERANCE * gap)[:, 0]
         if not len(off):
             break
         rows["c"][off] += torch.log1p(drift[off])
-        some = constants_of({name: value[off] for name, value in rows.items()}, T)
-        sums[:, off] = second(z[off], y[off], some)
+        for few in off.split(step):
+            told = {name: value[few] for name, value in rows.items()}
+            some = constants_of(Ends(*(value[few] for value in ends)), told)
+            sums[:, few] = second(z[few], y[few], some)
     return sums

@@ -31,6 +31,7 @@ from .passes import (
     describe,
     distribution,
     first_pass,
+    normalised,
     one_plus,
     plain_sums,
     second_pass,
@@ -38,7 +39,7 @@ from .passes import (
 
 BLOCK_ELEMENTS = 4_000_000  # elements whose rows are reduced together: the second pass finds them
 PLAIN_ELEMENTS = 20_000_000  # the same unfused, where they are divided among threads
-CACHE_ELEMENTS = 200_000  # elements that one thread takes at a time: temporaries stay in cache
+CACHE_ELEMENTS = 300_000  # elements that one thread takes at a time: temporaries stay in cache
 ACCELERATOR_ELEMENTS = 256_000_000  # all three, where memory is not a cache
 TILE = 1024  # tokens that a fused pass sums in float32, in registers, before float64 takes over
 GROUP = 64  # tokens whose maximum stands for them while the top k are searched
@@ -155,11 +156,10 @@ def _unshifted(z: Tensor, settings: Settings, first: Leaders) -> Tensor:
 def _fused_passes(z: Tensor, y: Tensor, ends: Ends, T: float) -> tuple[Rows, Tensor]:
     """What the first pass says of each row and the sums `(sum, row)` of the second, both compiled."""
     first, second = partial(_fused_sums, first_pass), partial(_fused_sums, second_pass)
-    sums = first(z, y, ends)
-    below, weighted = sums[0:4:2], sums[1:4:2]
-    rests = z.shape[-1] - 1 + below - weighted
-    rows = describe(ends, torch.cat([rests, sums[4:]]), z.shape[-1], T)
-    return rows, corrected(second, z, y, rows, second(z, y, constants_of(rows, T)), T)
+    vocab = z.shape[-1]
+    rows = describe(ends, normalised(first(z, y, ends), vocab), vocab, T)
+    sums = second(z, y, constants_of(ends, rows))
+    return rows, corrected(second, z, y, ends, rows, sums, len(z))
 
 
 def _fused_sums(kernel: Callable[..., Sums], z: Tensor, y: Tensor, constants: Any) -> Tensor:
@@ -188,18 +188,17 @@ def _plain_passes(
     step = max(1, elements // z.shape[-1])
 
     @torch.no_grad()
-    def part(start: int) -> tuple[Rows, Tensor]:
-        here = slice(start, start + step)
-        some = Ends(*(value[here] for value in ends))
-        rows, sums = both_passes(z[here], y[here], some, (places[0][here], places[1][here]), T)
-        return rows, corrected(partial(plain_sums, second_pass), z[here], y[here], rows, sums, T)
+    def part(z: Tensor, y: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        *some, place, best_place = rest
+        return both_passes(z, y, Ends(*some), (place, best_place), T)
 
-    starts = range(0, len(z), step)
+    parts = [x.split(step) for x in (z, y, *ends, *places)]
     threads = torch.get_num_threads() if z.device.type == "cpu" else 1
-    alone = threads == 1 or len(starts) == 1
-    done = list(map(part, starts) if alone else _crew(threads).map(part, starts))
-    rows = {name: torch.cat([found[name] for found, _ in done]) for name in done[0][0]}
-    return rows, torch.cat([sums for _, sums in done], dim=1)
+    alone = threads == 1 or len(parts[0]) == 1
+    done = list(map(part, *parts) if alone else _crew(threads).map(part, *parts))
+    first, sums = (torch.cat(found, dim=1) for found in zip(*done, strict=True))
+    rows = describe(ends, first, z.shape[-1], T)
+    return rows, corrected(partial(plain_sums, second_pass), z, y, ends, rows, sums, step)
 
 
 @cache
@@ -279,8 +278,8 @@ def _assemble(rows: Rows, sums: Tensor, vocab: int, T: float) -> Figures:
         "orthogonal_p": orthogonal_p,
         "kl": kl,
         "kl_reverse": kl_reverse,
-        "js": js / 4,
-        "tv": gap / 2,
+        "js": (js / 4).clamp(max=math.log(2)),  # beyond its bound is nothing but rounding
+        "tv": (gap / 2).clamp(max=1.0),
         "var_p": var_p,
         "var_r": var_r,
         "var_uniform": T**2 * (uniform / vocab - (sum_u / vocab) ** 2),
