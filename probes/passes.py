@@ -23,6 +23,11 @@ from torch import Tensor
 NEAR = 0.25  # a series up to here, differences and logarithms beyond
 CORRECTIONS = 4  # at most so many corrections of c; one is rarely needed
 TOLERANCE = 1e-5  # of c, against the scale of u
+CANCELLED = (
+    0.02  # of a third moment: its skewness against the root of 1 / effective number of tokens
+)
+ACROSS = 0.01  # cosine of z and y under which their product is not trusted
+MOMENTS = slice(7, 10)  # of the second sums: first to third moment under p
 LOG2_E = 1.4426950408889634
 
 Sums = tuple[Tensor, ...]
@@ -355,3 +360,29 @@ def corrected(
             some = constants_of(Ends(*(value[few] for value in ends)), told)
             sums[:, few] = second(z[few], y[few], some)
     return sums
+
+
+def recentred(z: Tensor, y: Tensor, rows: Rows, sums: Tensor, T: float, step: int) -> Tensor:
+    """The sums with the moments of dz/T under p made again in float64 where the third all but cancels.
+
+    p is known to some 1e-7 a token, errors that average out where many tokens share it; a third moment
+    that is smaller yet against its terms has no digits left. Such rows are rare.
+    """
+    px, pxx, pxxx = sums[MOMENTS]
+    third = pxxx - 3 * px * pxx + 2 * px**3
+    terms = (pxx - px**2).clamp(min=0) ** 1.5
+    for few in torch.nonzero(third.abs() < CANCELLED * rows["pp"].sqrt() * terms)[:, 0].split(step):
+        p, d = (z[few].double() / T).softmax(-1), (y[few].double() - z[few].double()) / T
+        x = d.sub_((p * d).sum(-1, keepdim=True))
+        square = p * x * x
+        sums[MOMENTS, few] = torch.stack(((p * x).sum(-1), square.sum(-1), (square * x).sum(-1)))
+    return sums
+
+
+def realigned(z: Tensor, y: Tensor, rows: Rows, across: Tensor, step: int) -> Rows:
+    """The rows with y's component along z made again in float64 where y all but stands across z."""
+    zz, k = rows["zz"], rows["k"]
+    for few in torch.nonzero(k.abs() < ACROSS * (k**2 + across / zz).sqrt())[:, 0].split(step):
+        exact = torch.linalg.vecdot(z[few].double(), y[few].double()) / zz[few]
+        k[few], rows["alpha"][few] = exact, exact - 1
+    return rows

@@ -34,6 +34,8 @@ from .passes import (
     normalised,
     one_plus,
     plain_sums,
+    realigned,
+    recentred,
     second_pass,
 )
 
@@ -131,6 +133,8 @@ def reduce_rows(z: Tensor, y: Tensor, settings: Settings, first: Leaders) -> Ten
         "margin": (top[:, 0] - top[:, 1]).double(),
         "overlap": (top_index[:, :, None] == best_index[:, None, :]).any(-1).double().mean(-1),
     }
+    few = max(1, CACHE_ELEMENTS // z.shape[-1])
+    rows, sums = realigned(z, y, rows, sums[-1], few), recentred(z, y, rows, sums, T, few)
     figures = _assemble(rows, sums, z.shape[-1], T) | heads
     return torch.stack([figures[name] for name in FIGURES], dim=-1)
 
