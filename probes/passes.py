@@ -26,7 +26,8 @@ TOLERANCE = 1e-5  # of c, against the scale of u
 CANCELLED = (
     0.02  # of a third moment: its skewness against the root of 1 / effective number of tokens
 )
-ACROSS = 0.01  # cosine of z and y under which their product is not trusted
+ACROSS = 0.02  # cosine of y and z under which their product is not trusted
+ALONG = 0.0003  # the same of dz and z
 MOMENTS = slice(7, 10)  # of the second sums: first to third moment under p
 LOG2_E = 1.4426950408889634
 
@@ -380,9 +381,24 @@ def recentred(z: Tensor, y: Tensor, rows: Rows, sums: Tensor, T: float, step: in
 
 
 def realigned(z: Tensor, y: Tensor, rows: Rows, across: Tensor, step: int) -> Rows:
-    """The rows with y's component along z made again in float64 where y all but stands across z."""
-    zz, k = rows["zz"], rows["k"]
-    for few in torch.nonzero(k.abs() < ACROSS * (k**2 + across / zz).sqrt())[:, 0].split(step):
-        exact = torch.linalg.vecdot(z[few].double(), y[few].double()) / zz[few]
-        k[few], rows["alpha"][few] = exact, exact - 1
+    """The rows with dz's component along z made again in float64 where dz, or y, all but stands across z."""
+    zz, k, alpha = rows["zz"], rows["k"], rows["alpha"]
+    square = across / zz
+    off = (k.abs() < ACROSS * (k**2 + square).sqrt()) | (alpha.abs() < ALONG * square.sqrt())
+    for few in torch.nonzero(off)[:, 0].split(step):
+        there = z[few].double()
+        exact = torch.linalg.vecdot(there, y[few] - there) / torch.linalg.vecdot(there, there)
+        k[few], alpha[few] = 1 + exact, exact
     return rows
+
+
+def rebalanced(z: Tensor, y: Tensor, rows: Rows, sums: Tensor, T: float, step: int) -> Tensor:
+    """The sums with p · (p' - p) made again in float64 where its terms all but cancel, as in `recentred`."""
+    gap, drift, p_signed = sums[:3]
+    pp = rows["pp"]
+    off = (p_signed / pp - drift).abs() < CANCELLED * pp.sqrt() * gap
+    for few in torch.nonzero(off)[:, 0].split(step):
+        p, q = ((x[few].double() / T).softmax(-1) for x in (z, y))
+        parallel = torch.linalg.vecdot(p, q - p) / torch.linalg.vecdot(p, p)
+        drift[few], p_signed[few] = 0.0, parallel * pp[few]
+    return sums

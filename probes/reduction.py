@@ -35,6 +35,7 @@ from .passes import (
     one_plus,
     plain_sums,
     realigned,
+    rebalanced,
     recentred,
     second_pass,
 )
@@ -134,7 +135,9 @@ def reduce_rows(z: Tensor, y: Tensor, settings: Settings, first: Leaders) -> Ten
         "overlap": (top_index[:, :, None] == best_index[:, None, :]).any(-1).double().mean(-1),
     }
     few = max(1, CACHE_ELEMENTS // z.shape[-1])
-    rows, sums = realigned(z, y, rows, sums[-1], few), recentred(z, y, rows, sums, T, few)
+    rows = realigned(z, y, rows, sums[-1], few)
+    for exact in (recentred, rebalanced):
+        sums = exact(z, y, rows, sums, T, few)
     figures = _assemble(rows, sums, z.shape[-1], T) | heads
     return torch.stack([figures[name] for name in FIGURES], dim=-1)
 
