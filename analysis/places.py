@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,23 +43,24 @@ def is_local(path: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written whole or not at all; where a place takes whole files only, at once."""
-    if not is_local(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-        return
+    """Written whole or not at all."""
     with beside(path) as scratch:
         scratch.write_text(text, "utf-8")
 
 
 @contextmanager
 def beside(path: Path) -> Generator[Path]:
-    """What to write instead of a local file, renamed to it at the end: a file that is there is complete.
+    """A local file to write instead of `path`, put there at the end: a file that is there is complete.
 
     The name is nobody else's, so that threads, processes and machines may write the same file at once;
     the last one stays. Nothing is left of what fails.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not is_local(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (whole := Path(folder) / path.name)
+            path.write_bytes(whole.read_bytes())
+        return
     scratch = path.with_name(f"{SCRATCH}{secrets.token_hex(4)}-{path.name}")
     try:
         yield scratch
@@ -71,11 +72,3 @@ def beside(path: Path) -> Generator[Path]:
 def opened(path: Path) -> Any:
     """What xarray opens: the path, or a file object of it."""
     return path if is_local(path) else path.open("rb")
-
-
-def put(path: Path, write: Callable[[Path], object]) -> None:
-    """Have a local file written and put where it belongs; it appears there whole or not at all."""
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder) / path.name
-        write(scratch)
-        path.write_bytes(scratch.read_bytes())

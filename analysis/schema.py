@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from .places import beside, is_local, opened, put
+from .places import beside, opened
 
 VERSION = "1"
 H = "arXiv 2603.24652"
@@ -300,10 +300,6 @@ def write(cell: xr.DataTree, path: Path) -> None:
     """Write a cell, beside its place first and then renamed: a file that is there is complete."""
     for name, node in cell.children.items():
         check_group(name, node.to_dataset())
-    if not is_local(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        put(path, lambda file: cell.to_netcdf(file, engine="h5netcdf", encoding=_encoding(cell)))
-        return
     with beside(path) as scratch:
         cell.to_netcdf(scratch, engine="h5netcdf", encoding=_encoding(cell))
 

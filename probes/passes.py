@@ -23,9 +23,7 @@ from torch import Tensor
 NEAR = 0.25  # a series up to here, differences and logarithms beyond
 CORRECTIONS = 4  # at most so many corrections of c; one is rarely needed
 TOLERANCE = 1e-5  # of c, against the scale of u
-CANCELLED = (
-    0.02  # of a third moment: its skewness against the root of 1 / effective number of tokens
-)
+CANCELLED = 0.02  # share of its terms, times the root of sum p^2, under which a sum is not trusted
 ACROSS = 0.02  # cosine of y and z under which their product is not trusted
 ALONG = 0.0003  # the same of dz and z
 MOMENTS = slice(7, 10)  # of the second sums: first to third moment under p
