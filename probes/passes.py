@@ -23,10 +23,6 @@ from torch import Tensor
 NEAR = 0.25  # a series up to here, differences and logarithms beyond
 CORRECTIONS = 4  # at most so many corrections of c; one is rarely needed
 TOLERANCE = 1e-5  # of c, against the scale of u
-CANCELLED = 0.02  # share of its terms, times the root of sum p^2, under which a sum is not trusted
-ACROSS = 0.02  # cosine of y and z under which their product is not trusted
-ALONG = 0.0003  # the same of dz and z
-MOMENTS = slice(7, 10)  # of the second sums: first to third moment under p
 LOG2_E = 1.4426950408889634
 
 Sums = tuple[Tensor, ...]
@@ -358,45 +354,4 @@ def corrected(
             told = {name: value[few] for name, value in rows.items()}
             some = constants_of(Ends(*(value[few] for value in ends)), told)
             sums[:, few] = second(z[few], y[few], some)
-    return sums
-
-
-def recentred(z: Tensor, y: Tensor, rows: Rows, sums: Tensor, T: float, step: int) -> Tensor:
-    """The sums with the moments of dz/T under p made again in float64 where the third all but cancels.
-
-    p is known to some 1e-7 a token, errors that average out where many tokens share it; a third moment
-    that is smaller yet against its terms has no digits left. Such rows are rare.
-    """
-    px, pxx, pxxx = sums[MOMENTS]
-    third = pxxx - 3 * px * pxx + 2 * px**3
-    terms = (pxx - px**2).clamp(min=0) ** 1.5
-    for few in torch.nonzero(third.abs() < CANCELLED * rows["pp"].sqrt() * terms)[:, 0].split(step):
-        p, d = (z[few].double() / T).softmax(-1), (y[few].double() - z[few].double()) / T
-        x = d.sub_((p * d).sum(-1, keepdim=True))
-        square = p * x * x
-        sums[MOMENTS, few] = torch.stack(((p * x).sum(-1), square.sum(-1), (square * x).sum(-1)))
-    return sums
-
-
-def realigned(z: Tensor, y: Tensor, rows: Rows, across: Tensor, step: int) -> Rows:
-    """The rows with dz's component along z made again in float64 where dz, or y, all but stands across z."""
-    zz, k, alpha = rows["zz"], rows["k"], rows["alpha"]
-    square = across / zz
-    off = (k.abs() < ACROSS * (k**2 + square).sqrt()) | (alpha.abs() < ALONG * square.sqrt())
-    for few in torch.nonzero(off)[:, 0].split(step):
-        there = z[few].double()
-        exact = torch.linalg.vecdot(there, y[few] - there) / torch.linalg.vecdot(there, there)
-        k[few], alpha[few] = 1 + exact, exact
-    return rows
-
-
-def rebalanced(z: Tensor, y: Tensor, rows: Rows, sums: Tensor, T: float, step: int) -> Tensor:
-    """The sums with p · (p' - p) made again in float64 where its terms all but cancel, as in `recentred`."""
-    gap, drift, p_signed = sums[:3]
-    pp = rows["pp"]
-    off = (p_signed / pp - drift).abs() < CANCELLED * pp.sqrt() * gap
-    for few in torch.nonzero(off)[:, 0].split(step):
-        p, q = ((x[few].double() / T).softmax(-1) for x in (z, y))
-        parallel = torch.linalg.vecdot(p, q - p) / torch.linalg.vecdot(p, p)
-        drift[few], p_signed[few] = 0.0, parallel * pp[few]
     return sums

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..analysis import formulas
+from .cancelled import refine
 from .passes import (
     Ends,
     Rows,
@@ -34,9 +35,6 @@ from .passes import (
     normalised,
     one_plus,
     plain_sums,
-    realigned,
-    rebalanced,
-    recentred,
     second_pass,
 )
 
@@ -134,10 +132,7 @@ def reduce_rows(z: Tensor, y: Tensor, settings: Settings, first: Leaders) -> Ten
         "margin": (top[:, 0] - top[:, 1]).double(),
         "overlap": (top_index[:, :, None] == best_index[:, None, :]).any(-1).double().mean(-1),
     }
-    few = max(1, CACHE_ELEMENTS // z.shape[-1])
-    rows = realigned(z, y, rows, sums[-1], few)
-    for exact in (recentred, rebalanced):
-        sums = exact(z, y, rows, sums, T, few)
+    refine(z, y, rows, sums, T, max(1, CACHE_ELEMENTS // z.shape[-1]))
     figures = _assemble(rows, sums, z.shape[-1], T) | heads
     return torch.stack([figures[name] for name in FIGURES], dim=-1)
 
